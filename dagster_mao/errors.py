@@ -1,0 +1,99 @@
+"""Everything that can go wrong, one class per thing a caller may want to catch.
+
+Each message says what happened, where (agent, workflow, field) and how to mend it. Values of records never enter a message: those are shown,
+masked, by the asset checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class MaoError(Exception):
+    """Base of all errors of this library.
+
+    Attributes: `what` happened, the `agent`, `workflow` and `field` it concerns (None where it concerns none), and the `fix`.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        agent: str | None = None,
+        workflow: str | None = None,
+        field: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.agent, self.workflow, self.field, self.fix = what, agent, workflow, field, fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{name} {value!r}" for name in ("agent", "workflow", "field") if (value := getattr(self, name)) is not None)
+        return self.what + (f" [{where}]" if where else "") + (f". Fix: {self.fix}" if self.fix else "")
+
+    def __reduce__(self) -> Any:
+        # An exception with keyword-only arguments does not survive pickling by itself, and step processes hand theirs to the parent.
+        return (_restore, (type(self), self.__dict__.copy()))
+
+
+def _restore(cls: type[MaoError], state: dict[str, Any]) -> MaoError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, state["what"])
+    error.__dict__.update(state)
+    return error
+
+
+class WiringError(MaoError):
+    """The pipeline cannot work as declared: raised when the code location loads, never in the middle of a run."""
+
+
+class ContractDefinitionError(WiringError):
+    """A contract cannot be compiled: two keys, a type that no Delta column can hold, a bound that admits nothing."""
+
+
+class IncompatibleContractError(MaoError):
+    """A snapshot was sealed under a contract that its reader's contract contradicts."""
+
+
+class BatchRefusedError(MaoError):
+    """Records broke a contract; nothing was written. `checks` holds every check evaluated so far, the failed ones with their reasons."""
+
+    def __init__(self, what: str, *, checks: tuple[Any, ...] = (), **where: Any) -> None:
+        super().__init__(what, **where)
+        self.checks = checks
+
+
+class InvalidRecordsError(MaoError):
+    """What was handed in as a batch is no batch of the contract: a missing column, text in a number column, an unreadable file."""
+
+
+class PinError(MaoError):
+    """What an agent needs cannot be pinned: nothing sealed upstream, or parents that descend from different entries."""
+
+
+class StaleStateError(MaoError):
+    """Another run sealed the same agent of the same workflow after this step pinned. Nothing of this step is visible."""
+
+
+class FencedError(MaoError):
+    """The workflow was fenced after this attempt pinned (a compensation began). Nothing of this step is visible."""
+
+
+class TamperedError(MaoError):
+    """Bytes in the store are not the bytes that were sealed, or the chain of seals is broken."""
+
+
+class StoreError(MaoError):
+    """The state store cannot be reached, read or written: wrong root, no permission, no space, damaged log."""
+
+
+class AgentFailedError(MaoError):
+    """`execute` raised. The cause is chained; the record (by key, unless the key is personal) is named."""
+
+
+class AgentCallError(MaoError):
+    """An agent called another agent inside `execute` (law: coordination flows through the pipeline)."""
+
+
+class UnknownVersionError(MaoError):
+    """No such workflow, or no such version of it."""

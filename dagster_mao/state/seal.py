@@ -1,0 +1,87 @@
+"""The seal: one row of the state log, and the digests that chain it to the seal before."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Kind = Literal["entry", "output", "fence", "compensated"]
+
+
+class Parent(BaseModel):
+    """A state version that a seal was made from, as pinned: which agent's, which version, and the content digest it had."""
+
+    model_config = ConfigDict(frozen=True)
+
+    agent: str
+    workflow_id: str
+    version: int
+    digest: str
+
+
+class Seal(BaseModel):
+    """One state version: everything the state log says about it.
+
+    `digest` is the sha256 of the snapshot file's bytes. `seal_digest` is the sha256 of this row's canonical JSON without `seal_digest`
+    itself; it covers `previous_digest`, the seal digest of version n-1 of the workflow, so that rows cannot be changed, reordered or dropped
+    from the middle unseen. `base` is the head of the workflow (-1 when empty) when the attempt pinned what it does not produce itself, and
+    `plan` the agents the attempt set out to seal: it is complete when it has sealed them all.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    workflow_id: str
+    version: int
+    kind: Kind
+    pipeline: str
+    agent: str
+    attempt: str
+    epoch: int
+    parents: tuple[Parent, ...]
+    digest: str
+    previous_digest: str
+    row_count: int
+    quarantined: int
+    size_bytes: int
+    path: str  # of the snapshot file, relative to the store's root
+    table: str  # of the agent's Delta table, relative to the store's root
+    uri: str  # of the agent's Delta table, absolute, as the sealing process saw it
+    contract: str
+    contract_version: str
+    contract_hash: str
+    contract_schema: str  # Contract.describe() as JSON: what readers elsewhere compare their own contract with
+    key: str | None
+    agent_version: str
+    config: str
+    model: str | None
+    run_id: str
+    base: int
+    plan: tuple[str, ...]
+    now: dt.datetime
+    seed: int
+    latency_seconds: float
+    sealed_at: dt.datetime
+    library_version: str
+    seal_digest: str
+
+    @property
+    def reference(self) -> str:
+        """`workflow@n`, the form that the command line takes."""
+        return f"{self.workflow_id}@{self.version}"
+
+    def canonical_digest(self) -> str:
+        """The seal digest that this row's contents call for."""
+        return seal_digest(self.model_dump(mode="json", exclude={"seal_digest"}))
+
+    @property
+    def as_parent(self) -> Parent:
+        return Parent(agent=self.agent, workflow_id=self.workflow_id, version=self.version, digest=self.digest)
+
+
+def seal_digest(row: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON (sorted keys, no spaces, UTF-8) of a row in JSON mode, without its own seal digest."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
