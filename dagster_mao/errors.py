@@ -1,7 +1,7 @@
 """Everything that can go wrong, one class per thing a caller may want to catch.
 
-Each message says what happened, where (agent, workflow, field) and how to mend it. Values of records never enter a message: those are shown,
-masked, by the asset checks.
+Each message says what happened, where (agent, workflow, field) and how to mend it. Values of records never enter a message: those are
+shown, masked, by the asset checks.
 """
 
 from __future__ import annotations

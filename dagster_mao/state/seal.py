@@ -27,9 +27,9 @@ class Seal(BaseModel):
     """One state version: everything the state log says about it.
 
     `digest` is the sha256 of the snapshot file's bytes. `seal_digest` is the sha256 of this row's canonical JSON without `seal_digest`
-    itself; it covers `previous_digest`, the seal digest of version n-1 of the workflow, so that rows cannot be changed, reordered or dropped
-    from the middle unseen. `base` is the head of the workflow (-1 when empty) when the attempt pinned what it does not produce itself, and
-    `plan` the agents the attempt set out to seal: it is complete when it has sealed them all.
+    itself; it covers `previous_digest`, the seal digest of version n-1 of the workflow, so that rows cannot be changed, reordered or
+    dropped from the middle unseen. `base` is the head of the workflow (-1 when empty) when the attempt pinned what it does not produce
+    itself, and `plan` the agents the attempt set out to seal: it is complete when it has sealed them all.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -75,13 +75,25 @@ class Seal(BaseModel):
 
     def canonical_digest(self) -> str:
         """The seal digest that this row's contents call for."""
-        return seal_digest(self.model_dump(mode="json", exclude={"seal_digest"}))
+        return _digest(self.model_dump(exclude={"seal_digest"}, exclude_none=True))
+
+    def signed(self) -> Seal:
+        """This row with the seal digest that its contents call for."""
+        return self.model_copy(update={"seal_digest": self.canonical_digest()})
 
     @property
     def as_parent(self) -> Parent:
         return Parent(agent=self.agent, workflow_id=self.workflow_id, version=self.version, digest=self.digest)
 
 
-def seal_digest(row: dict[str, Any]) -> str:
-    """sha256 of the canonical JSON (sorted keys, no spaces, UTF-8) of a row in JSON mode, without its own seal digest."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+def _digest(row: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON: sorted keys, no spaces, UTF-8, times in UTC with microseconds.
+
+    A field that is null is left out, so that a later release may add columns without changing the digests of rows it did not write.
+    """
+    text = json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_time)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _time(value: dt.datetime) -> str:
+    return value.astimezone(dt.timezone.utc).isoformat(timespec="microseconds")

@@ -1,0 +1,245 @@
+"""One attempt at a workflow: what it may read is pinned once, what it seals is chained and has one winner per version."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+from pydantic import BaseModel, ConfigDict
+
+from dagster_mao.errors import FencedError, PinError, StaleStateError, TamperedError
+from dagster_mao.state.log import StateLog
+from dagster_mao.state.objects import Objects
+from dagster_mao.state.projection import Projection
+from dagster_mao.state.seal import Kind, Parent, Seal
+from dagster_mao.state.snapshots import Staged, snapshot_name
+
+
+class Pins(BaseModel):
+    """What an attempt fixed when its first step arrived; written once, before anything is read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    workflow_id: str
+    pipeline: str
+    attempt: str
+    entry: str
+    plan: tuple[str, ...]
+    base: int
+    now: dt.datetime
+
+
+class Provenance(BaseModel):
+    """What a seal says about how its rows came to be, beside the rows themselves."""
+
+    model_config = ConfigDict(frozen=True)
+
+    contract: str
+    contract_version: str
+    contract_hash: str
+    contract_schema: str
+    key: str | None
+    agent_version: str
+    config: str
+    model: str | None
+    seed: int
+    latency_seconds: float
+    library_version: str
+
+
+class Attempt:
+    """An attempt as one step sees it. `pin` and `seal` judge by the seals that were there when the step joined."""
+
+    def __init__(self, objects: Objects, log: StateLog, pins: Pins, *, run_id: str, lineage: tuple[str, ...]) -> None:
+        self._objects, self._log, self._pins = objects, log, pins
+        self.run_id, self._lineage = run_id, frozenset(lineage)
+        self._seen: list[Seal] = log.seals(pins.workflow_id)
+
+    @property
+    def id(self) -> str:
+        return self._pins.attempt
+
+    @property
+    def workflow_id(self) -> str:
+        return self._pins.workflow_id
+
+    @property
+    def workflow_key(self) -> str:
+        return self._pins.workflow_id.removeprefix(f"{self._pins.pipeline}/")
+
+    @property
+    def base(self) -> int:
+        return self._pins.base
+
+    @property
+    def now(self) -> dt.datetime:
+        return self._pins.now
+
+    @property
+    def plan(self) -> tuple[str, ...]:
+        return self._pins.plan
+
+    def seed(self, agent: str) -> int:
+        """A seed that is the same whenever this attempt runs this agent: 63 bits of sha256(attempt, workflow, agent)."""
+        text = "\x00".join((self.id, self.workflow_id, agent))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def refuse_if_fenced(self) -> None:
+        for seal in self._seen:
+            if seal.kind == "fence" and seal.attempt == self.id:
+                raise FencedError(
+                    f"This attempt was ended by a fence at version {seal.version}",
+                    workflow=self.workflow_id,
+                    fix="start a new run instead of re-executing this one",
+                )
+
+    def pin(self, agent: str) -> Seal:
+        """The one version of an agent's output that this attempt may read.
+
+        What this run or the runs it re-executes sealed comes first; what the attempt does not set out to seal comes from the effective
+        state as it was when the attempt began. Raises `PinError` when there is none, `TamperedError` when its log row was changed.
+        """
+        own = [seal for seal in self._seen if seal.agent == agent and seal.attempt == self.id and seal.run_id in self._lineage]
+        if own:
+            return _untouched(own[-1])
+        if agent in self.plan:
+            raise PinError(
+                "This attempt sets out to seal it and has not done so yet",
+                agent=agent,
+                workflow=self.workflow_id,
+                fix="include it in the run",
+            )
+        state = effective(self._seen[: self.base + 1])
+        if agent not in state:
+            raise PinError(
+                "No completed attempt has sealed it",
+                agent=agent,
+                workflow=self.workflow_id,
+                fix=f"materialise {agent} in the same run, or first",
+            )
+        return _untouched(state[agent])
+
+    def entry_of(self, seal: Seal) -> Seal | None:
+        """The entry seal that a seal descends from; None for what has no entry above it."""
+        while seal.kind != "entry":
+            if not seal.parents:
+                return None
+            seal = self._seen[seal.parents[0].version]
+        return seal
+
+    def require_one_entry(self, agent: str, parents: Sequence[Seal]) -> None:
+        """Raises `PinError` when the parents descend from different entry seals: their rows are not about the same batch."""
+        entries = {found.version: parent for parent in parents if (found := self.entry_of(parent)) is not None}
+        if len(entries) > 1:
+            told = ", ".join(f"{parent.agent}@{parent.version} from entry {entry}" for entry, parent in sorted(entries.items()))
+            raise PinError(
+                f"Its inputs descend from different entries: {told}",
+                agent=agent,
+                workflow=self.workflow_id,
+                fix="materialise the older ones again in the same run",
+            )
+
+    def seal(
+        self,
+        agent: str,
+        staged: Staged,
+        *,
+        row_count: int,
+        schema: pl.Schema,
+        parents: Sequence[Parent],
+        provenance: Provenance,
+        quarantined: int = 0,
+    ) -> tuple[Seal, bool]:
+        """Makes the staged batch the workflow's next version; returns the seal and whether it was there already (its own, sealed before).
+
+        Raises `StaleStateError` or `FencedError` when this step lost; then nothing of it is visible to anybody.
+        """
+        table = f"tables/{self._pins.pipeline}/{agent}"
+        projection = Projection(self._objects, table)
+        projection.admit(schema, agent)
+        kind: Kind = "entry" if agent == self._pins.entry else "output"
+        row = {
+            **provenance.model_dump(),
+            **{"workflow_id": self.workflow_id, "kind": kind, "pipeline": self._pins.pipeline, "agent": agent, "attempt": self.id},
+            **{"parents": tuple(parents), "digest": staged.digest, "row_count": row_count, "quarantined": quarantined},
+            **{"size_bytes": staged.size_bytes, "table": table, "uri": self._objects.url(table)},
+            **{"run_id": self.run_id, "base": self.base, "plan": self.plan, "now": self.now},
+            "sealed_at": dt.datetime.now(dt.timezone.utc),
+        }
+        pinned = len(self._seen)
+        reused = False
+
+        def make(seen: Sequence[Seal]) -> Seal:
+            nonlocal reused
+            if mine := self._already(seen, row):
+                reused = True
+                return mine
+            self._refuse_if_lost(agent, seen[pinned:])
+            path = f"{table}/{snapshot_name(self.workflow_id, len(seen), staged.digest)}"
+            self._objects.adopt(staged.file, path)
+            return _next(seen, {**row, "path": path})
+
+        seal = self._log.append(self.workflow_id, self._seen, make)
+        self._seen = self._log.seals(self.workflow_id) if reused or seal.version != len(self._seen) else [*self._seen, seal]
+        projection.add([s for s in self._seen if s.agent == agent and s.digest], schema)
+        return seal, reused
+
+    def _already(self, seen: Sequence[Seal], row: Mapping[str, Any]) -> Seal | None:
+        """This lineage's last seal of the agent, when it says the same: a lost acknowledgement, or a re-execution that changed nothing."""
+        same = ("digest", "parents", "contract_hash", "agent_version", "config", "model")
+        own = [seal for seal in seen if seal.agent == row["agent"] and seal.attempt == self.id and seal.run_id in self._lineage]
+        if own and all(getattr(own[-1], name) == row[name] for name in same):
+            return own[-1]
+        return None
+
+    def _refuse_if_lost(self, agent: str, since: Sequence[Seal]) -> None:
+        for seal in since:
+            if seal.kind == "fence":
+                raise FencedError(
+                    f"The workflow was fenced at version {seal.version} while this step ran",
+                    agent=agent,
+                    workflow=self.workflow_id,
+                    fix="start a new run; nothing of this one was sealed after the fence",
+                )
+            if seal.agent == agent:
+                raise StaleStateError(
+                    f"Run {seal.run_id} sealed version {seal.version} of it while this step ran",
+                    agent=agent,
+                    workflow=self.workflow_id,
+                    fix="look at that version (`dagster-mao diff`), then run again if it is still needed",
+                )
+
+
+def effective(seals: Sequence[Seal]) -> dict[str, Seal]:
+    """By agent, the last seal of completed attempts: an attempt counts from the seal that completes its plan, and no more once fenced."""
+    fenced = {seal.attempt for seal in seals if seal.kind == "fence"}
+    sealed: dict[str, dict[str, Seal]] = {}
+    state: dict[str, Seal] = {}
+    for seal in seals:
+        if seal.attempt in fenced or seal.kind not in ("entry", "output"):
+            continue
+        attempt = sealed.setdefault(seal.attempt, {})
+        attempt[seal.agent] = seal
+        if attempt.keys() >= set(seal.plan):
+            state.update(attempt)
+    return state
+
+
+def _next(seen: Sequence[Seal], row: Mapping[str, Any]) -> Seal:
+    last = seen[-1] if seen else None
+    epoch = sum(1 for seal in seen if seal.kind == "fence")
+    return Seal(**row, version=len(seen), epoch=epoch, previous_digest=last.seal_digest if last else "", seal_digest="").signed()
+
+
+def _untouched(seal: Seal) -> Seal:
+    if seal.canonical_digest() != seal.seal_digest:
+        raise TamperedError(
+            f"The log row of {seal.reference} was rewritten",
+            agent=seal.agent,
+            workflow=seal.workflow_id,
+            fix="`dagster-mao verify` lists all damage; restore from a backup",
+        )
+    return seal

@@ -1,0 +1,204 @@
+"""The state log: one append-only Delta table with one row per seal, and the compare-and-swap that gives each version one winner."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+import polars as pl
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake import Schema as DeltaSchema
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction
+
+from dagster_mao.errors import StoreError, TamperedError
+from dagster_mao.state.objects import Objects, reaching
+from dagster_mao.state.seal import Seal
+
+_PATH = "state_log"
+_UTC = pl.Datetime("us", "UTC")
+_COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
+    "workflow_id": pl.String,
+    "version": pl.Int64,
+    "kind": pl.String,
+    "pipeline": pl.String,
+    "agent": pl.String,
+    "attempt": pl.String,
+    "epoch": pl.Int64,
+    "parents": pl.List(pl.Struct({"agent": pl.String, "workflow_id": pl.String, "version": pl.Int64, "digest": pl.String})),
+    "digest": pl.String,
+    "previous_digest": pl.String,
+    "row_count": pl.Int64,
+    "quarantined": pl.Int64,
+    "size_bytes": pl.Int64,
+    "path": pl.String,
+    "table": pl.String,
+    "uri": pl.String,
+    "contract": pl.String,
+    "contract_version": pl.String,
+    "contract_hash": pl.String,
+    "contract_schema": pl.String,
+    "key": pl.String,
+    "agent_version": pl.String,
+    "config": pl.String,
+    "model": pl.String,
+    "run_id": pl.String,
+    "base": pl.Int64,
+    "plan": pl.List(pl.String),
+    "now": _UTC,
+    "seed": pl.Int64,
+    "latency_seconds": pl.Float64,
+    "sealed_at": _UTC,
+    "library_version": pl.String,
+    "seal_digest": pl.String,
+}
+SCHEMA = pl.Schema(_COLUMNS)
+
+# An open reads every commit since the last checkpoint, so checkpoints are frequent; the commits behind one are dropped after a minute,
+# because the log's own time travel is not used (the rows say everything, and are chained). `setTransactionRetentionDuration` must never
+# be set: the compare-and-swap lives on these transactions.
+_CHECKPOINT_EVERY = 20
+_PROPERTIES = {
+    "delta.appendOnly": "true",
+    "delta.checkpointInterval": str(_CHECKPOINT_EVERY),
+    "delta.logRetentionDuration": "interval 1 minutes",
+    "delta.enableExpiredLogCleanup": "true",
+}
+_COMPACT_TARGET_BYTES = 4 << 20  # files that reach it are left alone, so one compaction rewrites no more than this and the small ones
+_VACUUM_EVERY = 500
+_TRIES = 1000
+
+logger = logging.getLogger("dagster_mao.state")
+
+
+class StateLog:
+    """Reads and appends. Reading creates nothing; the table appears with the first append."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self.uri = objects.url(_PATH)
+
+    def open(self) -> DeltaTable | None:
+        """A handle on the log as it is now; None when nothing was ever sealed here.
+
+        Raises `StoreError` when the store cannot be reached or the log is damaged.
+        """
+        with reaching(self._objects.root):
+            for last in (False, False, True):
+                try:
+                    return DeltaTable(self.uri, storage_options=self._objects.storage_options)
+                except TableNotFoundError:
+                    if any(True for _ in self._objects.list(_PATH)):
+                        raise
+                    return None
+                except DeltaError:
+                    # A clean-up between the listing and the read takes files away: the second look finds the newer checkpoint.
+                    if last:
+                        raise
+        return None
+
+    def scan(self, table: DeltaTable | None) -> pl.LazyFrame:
+        """All rows, at the version of the handle."""
+        if table is None:
+            return pl.LazyFrame(schema=SCHEMA)
+        return pl.scan_delta(table)
+
+    def seals(self, workflow_id: str, table: DeltaTable | None = None) -> list[Seal]:
+        """The workflow's seals by version, at the version of the handle (opened now when none is given)."""
+        for last in (False, False, True):
+            table = table or self.open()
+            try:
+                rows = self.scan(table).filter(pl.col("workflow_id") == workflow_id).sort("version").collect()
+                return [Seal.model_validate(row) for row in rows.iter_rows(named=True)]
+            except (OSError, pl.exceptions.ComputeError) as error:
+                # Compaction and vacuum may take a file away under an old handle.
+                if last:
+                    raise StoreError(
+                        f"The state log at {self.uri} cannot be read: {str(error).splitlines()[0]}", workflow=workflow_id
+                    ) from error
+                table = None
+        return []
+
+    def append(self, workflow_id: str, seen: Sequence[Seal], make: Callable[[Sequence[Seal]], Seal]) -> Seal:
+        """Appends the row that `make` builds on the workflow's seals, as their one next version.
+
+        `make` is called again on what won whenever another writer was first. It raises to give up, and returns a seal that is there already
+        to say that nothing needs to be appended. `seen` is what the caller last read: while the head has not moved, the log is not read
+        again.
+        """
+        for _ in range(_TRIES):
+            table = self.open() or self._create()
+            head = table.transaction_version(workflow_id)
+            if head is None and seen:
+                raise _damaged(workflow_id)
+            if (-1 if head is None else head) != len(seen) - 1:
+                seen = self.seals(workflow_id, table)
+            if len(seen) - 1 != (-1 if head is None else head):
+                raise _damaged(workflow_id)
+            seal = make(seen)
+            if seal.version < len(seen):
+                return seal
+            if self._commit(table, seal):
+                return seal
+        raise StoreError(f"No seal got through in {_TRIES} tries", workflow=workflow_id, fix="fewer writers on one workflow")
+
+    def _create(self) -> DeltaTable:
+        with reaching(self._objects.root):
+            return DeltaTable.create(
+                self.uri,
+                schema=DeltaSchema.from_arrow(SCHEMA),
+                mode="ignore",
+                configuration=_PROPERTIES,
+                storage_options=self._objects.storage_options,
+            )
+
+    def _commit(self, table: DeltaTable, seal: Seal) -> bool:
+        """True when the row landed; False when it may not have: the caller looks."""
+        row = pl.DataFrame([seal.model_dump()], schema=SCHEMA)
+        buffer = io.BytesIO()
+        row.write_parquet(buffer)
+        name = f"{uuid.uuid4().hex}.parquet"
+        self._objects.put(f"{_PATH}/{name}", buffer.getvalue())
+        bounds = {"workflow_id": seal.workflow_id, "version": seal.version, "agent": seal.agent, "pipeline": seal.pipeline}
+        stats = {"numRecords": 1, "minValues": bounds, "maxValues": bounds, "nullCount": dict.fromkeys(bounds, 0)}
+        add = AddAction(name, len(buffer.getvalue()), {}, int(time.time() * 1000), True, json.dumps(stats))
+        try:
+            table.create_write_transaction(
+                [add],
+                "append",
+                table.schema(),
+                commit_properties=CommitProperties(app_transactions=[Transaction(seal.workflow_id, seal.version)], max_commit_retries=1000),
+            )
+        except CommitFailedError:
+            return False  # lost the race, or the acknowledgement
+        except DeltaError as error:
+            # Also what a handle gets whose version was cleaned away meanwhile. The commit may have landed: look.
+            logger.debug("commit of %s did not answer: %s", seal.reference, error)
+            return False
+        version = table.version()
+        self._objects.sync(f"{_PATH}/_delta_log/{version:020d}.json")
+        if version % _CHECKPOINT_EVERY == 0:
+            self._maintain(vacuum=version % _VACUUM_EVERY == 0)
+        return True
+
+    def _maintain(self, *, vacuum: bool) -> None:
+        try:
+            table = DeltaTable(self.uri, storage_options=self._objects.storage_options)
+            table.optimize.compact(target_size=_COMPACT_TARGET_BYTES)
+            table.create_checkpoint()
+            if vacuum:
+                table.vacuum(retention_hours=1, enforce_retention_duration=False, dry_run=False)
+        except (DeltaError, OSError) as error:
+            logger.warning("housekeeping of the state log was put off: %s", error)  # the next seal's turn
+
+
+def _damaged(workflow_id: str) -> TamperedError:
+    return TamperedError(
+        "The state log has lost or gained rows of this workflow",
+        workflow=workflow_id,
+        fix="run `dagster-mao verify` and restore from a backup",
+    )

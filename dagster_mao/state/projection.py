@@ -1,0 +1,135 @@
+"""The agents' Delta tables: each sealed snapshot added, once, with its workflow and version as partition values.
+
+They are for Spark, DuckDB and polars users. This library never reads them: a table may be behind the log (a crash between seal and add),
+and whoever seals next adds what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+
+import polars as pl
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake import Schema as DeltaSchema
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.transaction import AddAction
+
+from dagster_mao.errors import IncompatibleContractError, MaoError
+from dagster_mao.state.objects import Objects, reaching
+from dagster_mao.state.seal import Seal
+from dagster_mao.state.snapshots import VERSION_COLUMN, WORKFLOW_COLUMN
+
+_PARTITION = pl.Schema({WORKFLOW_COLUMN: pl.String, VERSION_COLUMN: pl.Int64})
+_TRIES = 50
+
+# Defaults would destroy history in 30 days.
+_PROPERTIES = {
+    "delta.appendOnly": "true",
+    "delta.checkpointInterval": "20",
+    "delta.logRetentionDuration": "interval 36500 days",
+    "delta.deletedFileRetentionDuration": "interval 36500 days",
+    "delta.enableExpiredLogCleanup": "false",
+}
+
+logger = logging.getLogger("dagster_mao.state")
+
+
+class Projection:
+    """One agent's Delta table."""
+
+    def __init__(self, objects: Objects, table: str) -> None:
+        self._objects, self.path, self.uri = objects, table, objects.url(table)
+
+    def open(self, *, files: bool = True) -> DeltaTable | None:
+        with reaching(self._objects.root):
+            try:
+                return DeltaTable(self.uri, storage_options=self._objects.storage_options, without_files=not files)
+            except TableNotFoundError:
+                return None
+
+    def admit(self, schema: pl.Schema, agent: str) -> None:
+        """Raises `IncompatibleContractError` when rows of this schema cannot stand beside those already in the table."""
+        table = self.open(files=False)
+        if table is None:
+            return
+        held, wanted = _types(table.schema()), _types(_delta_schema(schema))
+        for field in wanted:
+            if field in held and held[field] != wanted[field]:
+                raise IncompatibleContractError(
+                    f"The agent's table holds this field as {held[field]}, the contract now makes it {wanted[field]}",
+                    agent=agent,
+                    field=field,
+                    fix="give the field or the agent a new name: history is never rewritten",
+                )
+
+    def add(self, seals: Sequence[Seal], schema: pl.Schema) -> None:
+        """Adds those of one workflow's seals of this agent that the table does not have yet, in one commit.
+
+        Idempotent, also between processes: each add is a transaction of the workflow. Failing here loses nothing (the seals stand), so
+        failures are logged and left to whoever comes next.
+        """
+        try:
+            for _ in range(_TRIES):
+                if self._try_add(seals, schema):
+                    return
+        except MaoError as error:
+            logger.warning("the table %s is behind the state log: %s", self.path, error)
+
+    def _try_add(self, seals: Sequence[Seal], schema: pl.Schema) -> bool:
+        table = self.open(files=False) or self._create(schema)
+        workflow = seals[-1].workflow_id
+        done = table.transaction_version(workflow)
+        missing = [seal for seal in seals if done is None or seal.version > done]
+        if not missing:
+            return True
+        with reaching(self._objects.root):
+            table = self._widen(table, schema)
+            try:
+                table.create_write_transaction(
+                    [self._action(seal) for seal in missing],
+                    "append",
+                    table.schema(),
+                    partition_by=list(_PARTITION),
+                    commit_properties=CommitProperties(
+                        app_transactions=[Transaction(workflow, missing[-1].version)], max_commit_retries=1000
+                    ),
+                )
+            except CommitFailedError:
+                return False
+            self._objects.sync(f"{self.path}/_delta_log/{table.version():020d}.json")
+        return True
+
+    def _action(self, seal: Seal) -> AddAction:
+        values = {WORKFLOW_COLUMN: seal.workflow_id, VERSION_COLUMN: str(seal.version)}
+        name = seal.path.removeprefix(f"{self.path}/")
+        return AddAction(name, seal.size_bytes, values, int(time.time() * 1000), True, json.dumps({"numRecords": seal.row_count}))
+
+    def _create(self, schema: pl.Schema) -> DeltaTable:
+        with reaching(self._objects.root):
+            return DeltaTable.create(
+                self.uri,
+                schema=_delta_schema(schema),
+                mode="ignore",
+                partition_by=list(_PARTITION),
+                configuration=_PROPERTIES,
+                storage_options=self._objects.storage_options,
+            )
+
+    def _widen(self, table: DeltaTable, schema: pl.Schema) -> DeltaTable:
+        held = _types(table.schema())
+        new = [field for field in _delta_schema(schema).fields if field.name not in held]
+        if new:
+            table.alter.add_columns(new)
+            return DeltaTable(self.uri, storage_options=self._objects.storage_options, without_files=True)
+        return table
+
+
+def _delta_schema(schema: pl.Schema) -> DeltaSchema:
+    return DeltaSchema.from_arrow(pl.Schema({**schema, **_PARTITION}))
+
+
+def _types(schema: DeltaSchema) -> dict[str, str]:
+    return {field.name: str(field.type) for field in schema.fields}

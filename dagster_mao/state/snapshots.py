@@ -1,0 +1,85 @@
+"""Snapshots: zstd Parquet files named after the sha256 of their bytes. Until a seal names one, nobody may read it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import polars as pl
+
+from dagster_mao.errors import TamperedError
+from dagster_mao.state.objects import Objects, reaching
+from dagster_mao.state.seal import Seal
+
+# pydantic forbids field names with a leading underscore, so these can never hide a contract's field.
+WORKFLOW_COLUMN, VERSION_COLUMN = "_workflow", "_version"
+_WHOLE_BYTES = 64 << 20  # up to this size a snapshot is read once, and the bytes that were checked are the bytes that are parsed
+_ROW_GROUP_ROWS = 122_880
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A batch written to a file that nobody else knows of: to be validated, then adopted into the store or dropped."""
+
+    file: Path
+    digest: str
+    size_bytes: int
+
+    def scan(self) -> pl.LazyFrame:
+        return pl.scan_parquet(self.file)
+
+
+@contextmanager
+def staged(objects: Objects, frame: pl.LazyFrame | pl.DataFrame) -> Iterator[Staged]:
+    """Evaluates the frame once, streaming, into a file that is gone when the context ends unless it was adopted.
+
+    Raises `StoreError` when the disk cannot take it; what the frame's own expressions raise comes through as it is.
+    """
+    with objects.staging() as folder:
+        file = folder / "batch.parquet"
+        with reaching(objects.root):
+            frame.lazy().sink_parquet(file, compression="zstd", row_group_size=_ROW_GROUP_ROWS, sync_on_close="all")
+            with file.open("rb") as handle:
+                digest = _file_digest(handle)
+            size = file.stat().st_size
+        yield Staged(file, digest, size)
+
+
+def _file_digest(handle: io.BufferedReader) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    while chunk := handle.read(8 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def snapshot_name(workflow_id: str, version: int, digest: str) -> str:
+    """Path of a snapshot below its agent's table: a Hive path, because polars takes partition values from there and not from the log."""
+    return f"{WORKFLOW_COLUMN}={quote(workflow_id, safe='')}/{VERSION_COLUMN}={version}/{digest}.parquet"
+
+
+def read(objects: Objects, seal: Seal) -> pl.LazyFrame:
+    """The rows of a sealed snapshot, after its bytes were compared with the seal's digest.
+
+    Raises `TamperedError` when they differ or the file is gone, `StoreError` when the store cannot be reached.
+    """
+    if seal.size_bytes <= _WHOLE_BYTES:
+        data = objects.get(seal.path)
+        _expect(seal, hashlib.sha256(data).hexdigest())
+        return pl.read_parquet(io.BytesIO(data)).lazy()
+    _expect(seal, objects.sha256(seal.path))
+    return pl.scan_parquet(objects.url(seal.path), storage_options=objects.storage_options or None)
+
+
+def _expect(seal: Seal, digest: str) -> None:
+    if digest != seal.digest:
+        raise TamperedError(
+            f"The snapshot of {seal.reference} is not what was sealed: {seal.path}",
+            agent=seal.agent,
+            workflow=seal.workflow_id,
+            fix="restore the file from a backup; `dagster-mao verify` lists all damage",
+        )

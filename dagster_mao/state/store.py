@@ -1,0 +1,172 @@
+"""The state store: what happened, read and appended to under the laws. See `Attempt` for how an agent pins and seals."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from urllib.parse import quote
+
+import polars as pl
+
+from dagster_mao.errors import PinError, TamperedError, UnknownVersionError
+from dagster_mao.state import snapshots
+from dagster_mao.state.attempt import Attempt, Pins, effective
+from dagster_mao.state.log import StateLog
+from dagster_mao.state.objects import Objects, safe_name
+from dagster_mao.state.seal import Kind, Seal
+
+_LONGEST_ID = 230  # it names a folder, and file systems end at 255 bytes
+
+
+class StateStore:
+    """One store: a state log, the agents' tables and snapshots, the pins of attempts; below one root.
+
+    `root` is a folder or an object-store URI, `storage_options` what delta-rs takes for it (`AWS_ENDPOINT_URL` …). Making the object
+    touches nothing; reading never creates anything. Raises `StoreError` when the root cannot be a store.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], storage_options: Mapping[str, str] | None = None) -> None:
+        self.objects = Objects(root, storage_options)
+        self._log = StateLog(self.objects)
+
+    @property
+    def root(self) -> str:
+        return self.objects.root
+
+    def exists(self) -> bool:
+        """Whether anything was ever sealed here."""
+        return self._log.open() is not None
+
+    def log(self) -> pl.LazyFrame:
+        """The whole state log at the version it has now, one row per seal, columns as the fields of `Seal`."""
+        return self._log.scan(self._log.open())
+
+    def workflows(self, pipeline: str | None = None) -> list[str]:
+        """Ids of the workflows that have been sealed, sorted."""
+        rows = self.log()
+        if pipeline is not None:
+            rows = rows.filter(pl.col("pipeline") == pipeline)
+        return rows.select("workflow_id").unique().sort("workflow_id").collect()["workflow_id"].to_list()
+
+    def seals(self, workflow_id: str) -> list[Seal]:
+        """All seals of a workflow by version; empty when it has none."""
+        return self._log.seals(workflow_id)
+
+    def seal_at(self, workflow_id: str, version: int) -> Seal:
+        """Raises `UnknownVersionError`, saying what there is."""
+        seals = self.seals(workflow_id)
+        for seal in seals:
+            if seal.version == version:
+                return seal
+        there = f"it has versions 0 to {seals[-1].version}" if seals else "nothing was sealed for this workflow"
+        raise UnknownVersionError(f"No version {version}: {there}", workflow=workflow_id, fix="`dagster-mao history` lists what there is")
+
+    def effective(self, workflow_id: str) -> dict[str, Seal]:
+        """The effective state: by agent, what the completed attempts sealed last. Empty before any attempt completed."""
+        return effective(self.seals(workflow_id))
+
+    def read(self, seal: Seal) -> pl.LazyFrame:
+        """The rows of a state version. Raises `TamperedError` when row or bytes are not what was sealed."""
+        if seal.canonical_digest() != seal.seal_digest:
+            raise TamperedError(f"The log row of {seal.reference} was rewritten", agent=seal.agent, workflow=seal.workflow_id)
+        return snapshots.read(self.objects, seal)
+
+    def open_attempt(
+        self,
+        *,
+        pipeline: str,
+        attempt: str,
+        run_id: str,
+        plan: Iterable[str],
+        entry: str,
+        lineage: Sequence[str] = (),
+        workflow_key: str | None = None,
+        now: dt.datetime | None = None,
+    ) -> Attempt:
+        """Joins an attempt, pinning its base if this is the first step of it to arrive; later calls, in any process, get the same pins.
+
+        `attempt` is the id of the root run, `lineage` the run's own id and those of the runs it re-executes, `plan` the agents the attempt
+        sets out to seal. Without a `workflow_key`, an attempt that seals the entry is a new workflow, and any other one continues the
+        workflow whose attempt completed last. Raises `FencedError` when the attempt was fenced, `PinError` when there is no workflow to
+        continue.
+        """
+        path = f"attempts/{pipeline}/{safe_name(attempt)}/{safe_name(workflow_key) if workflow_key is not None else 'unpartitioned'}.json"
+        if not self.objects.exists(path):
+            now = now or dt.datetime.now(dt.timezone.utc)
+            pins = self._pin(pipeline, attempt, tuple(plan), entry, workflow_key, now)
+            self.objects.put_if_absent(path, pins.model_dump_json().encode())
+        pins = Pins.model_validate_json(self.objects.get(path))
+        joined = Attempt(self.objects, self._log, pins, run_id=run_id, lineage=tuple(lineage) or (run_id,))
+        joined.refuse_if_fenced()
+        return joined
+
+    def _pin(self, pipeline: str, attempt: str, plan: tuple[str, ...], entry: str, key: str | None, now: dt.datetime) -> Pins:
+        if key is not None:
+            workflow_id = f"{pipeline}/{key}"
+        elif entry in plan:
+            workflow_id = f"{pipeline}/{now:%Y-%m-%d}-{safe_name(attempt)[:8]}"
+        else:
+            workflow_id = self._last_completed(pipeline)
+        if len(quote(workflow_id, safe="")) > _LONGEST_ID:
+            raise PinError(
+                f"The workflow id is longer than {_LONGEST_ID} bytes, percent-encoded", workflow=workflow_id, fix="shorten the key"
+            )
+        base = len(self.seals(workflow_id)) - 1
+        return Pins(workflow_id=workflow_id, pipeline=pipeline, attempt=attempt, entry=entry, plan=plan, base=base, now=now)
+
+    def _last_completed(self, pipeline: str) -> str:
+        newest = self.log().filter(pl.col("pipeline") == pipeline).group_by("workflow_id").agg(pl.col("sealed_at").max())
+        for workflow_id in newest.sort("sealed_at", "workflow_id", descending=True).collect()["workflow_id"]:
+            if self.effective(workflow_id):
+                return str(workflow_id)
+        raise PinError(f"No attempt of {pipeline!r} has completed yet", fix="materialise the pipeline with its entry first")
+
+    def fence(self, workflow_id: str, *, attempt: str, run_id: str) -> Seal:
+        """Ends an attempt: its seals leave the effective state, and nothing that pinned before the fence can be sealed any more."""
+
+        def make(seen: Sequence[Seal]) -> Seal:
+            if not seen:
+                raise UnknownVersionError("Nothing was sealed for this workflow", workflow=workflow_id)
+            for seal in seen:
+                if seal.kind == "fence" and seal.attempt == attempt and seal.run_id == run_id:
+                    return seal
+            return _without_snapshot(seen, "fence", attempt, run_id)
+
+        return self._log.append(workflow_id, self.seals(workflow_id), make)
+
+
+def _without_snapshot(seen: Sequence[Seal], kind: Kind, attempt: str, run_id: str) -> Seal:
+    last, now = seen[-1], dt.datetime.now(dt.timezone.utc)
+    blank = dict.fromkeys(
+        (
+            "agent",
+            "digest",
+            "path",
+            "table",
+            "uri",
+            "contract",
+            "contract_version",
+            "contract_hash",
+            "contract_schema",
+            "agent_version",
+            "config",
+        ),
+        "",
+    )
+    row = {
+        **last.model_dump(mode="json", exclude={"seal_digest"}),
+        **blank,
+        **{"version": last.version + 1, "kind": kind, "attempt": attempt, "run_id": run_id, "epoch": last.epoch + 1},
+        **{
+            "parents": [],
+            "previous_digest": last.seal_digest,
+            "row_count": 0,
+            "quarantined": 0,
+            "size_bytes": 0,
+            "key": None,
+            "model": None,
+        },
+        **{"base": last.version, "plan": [], "latency_seconds": 0.0, "now": now, "sealed_at": now},
+    }
+    return Seal.model_validate({**row, "seal_digest": ""}).signed()
