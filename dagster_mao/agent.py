@@ -1,0 +1,737 @@
+"""Agents: named units of work with declared contracts. What a user writes; it knows nothing of Dagster, Delta or other agents.
+
+A function becomes an agent by `@agent`, a class by deriving from `Agent`. Positional parameters are upstream agents (or, first, the
+context), their annotations are the contracts; keyword-only parameters are resources.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import datetime as dt
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+import linecache
+import logging
+import pickle
+import random
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field, is_dataclass
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, ParamSpec, TypeVar, overload
+
+from pydantic import BaseModel
+
+from dagster_mao.contract import Contract, DataFrame, LazyFrame
+from dagster_mao.errors import AgentCallError, MaoError, WiringError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+# The resource through which the boundary writes: an agent that held it could read any state, pinned or not.
+RESERVED_RESOURCES = frozenset({"state_store"})
+
+_executing: ContextVar[Agent | None] = ContextVar("dagster_mao_executing", default=None)
+
+
+class Shape(str, Enum):
+    """How a parameter or an output holds records: one by one, or a whole batch as a frame."""
+
+    RECORD = "record"
+    LAZYFRAME = "lazyframe"
+    DATAFRAME = "dataframe"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One upstream that an agent reads: under which parameter, under which contract, in which shape.
+
+    `required` is False for `Fraud | None`: a record that the upstream does not have arrives as None (record-wise) or has fewer rows
+    (frame-wise).
+    """
+
+    parameter: str
+    upstream: str
+    contract: Contract[Any]
+    shape: Shape
+    required: bool
+
+
+@dataclass(frozen=True)
+class AgentContext:
+    """What an agent may know about where it runs. Time and randomness come from here and are recorded in the seal.
+
+    `now` (aware, UTC) is the same for all agents of an attempt; `seed` is that of the attempt.
+    """
+
+    workflow_id: str
+    agent: str
+    attempt: str
+    run_id: str
+    now: dt.datetime
+    seed: int
+    partition_key: str | None = None
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("dagster_mao"), compare=False)
+
+    def random(self, *salt: object) -> random.Random:
+        """A generator seeded by `seed`, and by `salt` when given: record-wise agents pass the record's key, else all records draw alike."""
+        return random.Random("/".join(str(part) for part in (self.seed, *salt)) if salt else self.seed)
+
+    @classmethod
+    def for_tests(cls, agent: str = "agent", **changes: Any) -> AgentContext:
+        """A context with fixed values (2000-01-01 UTC, seed 0) for calling an agent directly in a unit test."""
+        values: dict[str, Any] = {
+            "workflow_id": "test/0",
+            "agent": agent,
+            "attempt": "test",
+            "run_id": "test",
+            "now": dt.datetime(2000, 1, 1, tzinfo=dt.timezone.utc),
+            "seed": 0,
+        }
+        return cls(**{**values, **changes})
+
+
+class _Annotation(NamedTuple):
+    """An annotation as read: `many` is a collection of records (only an entry returns one)."""
+
+    shape: Shape
+    model: type[BaseModel]
+    optional: bool = False
+    many: bool = False
+
+
+class _Parameters(NamedTuple):
+    context: str | None
+    upstream: tuple[inspect.Parameter, ...]
+    resources: tuple[str, ...]
+
+
+class Agent:
+    """Base of the class form: derive, and define `execute(self, [ctx,] upstream..., *, resources...)`.
+
+    Class attributes declare the rest: `name` (default: the class name in snake_case), `version` (default: a hash of the module's source
+    and of `code_files`), `description` (default: the docstring), `owners`, `tags`, `kinds`, `pool`, `model` as on a Dagster asset, `ins`
+    (parameter -> upstream name, where they differ), `concurrency` (async record-wise calls in flight) and `code_files` (files and
+    directories beside the module that the agent's behaviour depends on).
+
+    `inputs`, `output` and the like are read from the signature when first asked for and raise WiringError naming agent, field and fix.
+    """
+
+    name: str = ""
+    version: str | None = None
+    description: str | None = None
+    owners: Sequence[str] = ()
+    tags: Mapping[str, str] = {}
+    kinds: Sequence[str] = ()
+    pool: str | None = None
+    model: str | None = None
+    ins: Mapping[str, str] = {}
+    concurrency: int = 16
+    code_files: Sequence[str | Path] = ()
+
+    _namespace: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "name" not in own:
+            cls.name = _snake_case(cls.__name__)
+        if "description" not in own:
+            cls.description = inspect.cleandoc(own.get("__doc__") or "") or None
+        if isinstance(execute := own.get("execute"), types.FunctionType):
+            cls._namespace = _locals_named_by(execute, sys._getframe(1))
+            cls.execute = _guarded(execute)  # type: ignore[method-assign]
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        """The agent's work. To be defined by the subclass."""
+        raise NotImplementedError(f"{type(self).__name__} defines no execute")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the agent directly, as a unit test does. AgentCallError inside another agent's `execute`."""
+        return self.execute(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<agent {self.name}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is read from the signature is read again on the other side: contracts need not travel.
+        return {name: value for name, value in vars(self).items() if name not in _CACHED}
+
+    # -- the declaration, read once --------------------------------------------------------------------------------------------------
+
+    def resolve(self) -> None:
+        """Read the whole declaration now, as a pipeline does when it is built, so that whatever is wrong is said at load."""
+        self._check_attributes()
+        _ = self.inputs, self.output, self.resources, self.agent_version
+
+    @cached_property
+    def inputs(self) -> tuple[Input, ...]:
+        """The upstreams, in parameter order. Empty for an entry agent."""
+        inputs = tuple(self._input(parameter) for parameter in self._parameters.upstream)
+        if unknown := sorted(set(self.ins) - {i.parameter for i in inputs}):
+            self._wrong(
+                f"`ins` renames {unknown[0]!r}, which is no parameter of it", unknown[0], "name a positional parameter of execute in `ins`"
+            )
+        self._check_inputs(inputs)
+        return inputs
+
+    @cached_property
+    def output(self) -> Contract[Any]:
+        """The contract of what it returns."""
+        return self._contract(self._returned.model, "return")
+
+    @cached_property
+    def output_shape(self) -> Shape:
+        """RECORD for models (an entry returns several), else the kind of frame."""
+        return self._returned.shape
+
+    @property
+    def is_entry(self) -> bool:
+        """Whether it reads no upstream: it brings the batch in."""
+        return not self.inputs
+
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """Names of the keyword-only parameters without a default. One with a default is a constant of the function, never a resource."""
+        return self._parameters.resources
+
+    @property
+    def takes_context(self) -> bool:
+        """Whether the first parameter is the AgentContext (named `ctx`, or annotated with it)."""
+        return self._parameters.context is not None
+
+    @cached_property
+    def is_async(self) -> bool:
+        """Whether `call` returns an awaitable."""
+        return inspect.iscoroutinefunction(self._raw)
+
+    @cached_property
+    def agent_version(self) -> str:
+        """The declared `version`, else "sha256:" and 12 hex digits over the source of its modules, its `code_files` and its own settings.
+
+        Of the class form every class between it and Agent counts, and what its constructor set, so that `Approval(limit=2)` is not
+        `Approval(limit=1)`.
+        """
+        if self.version is not None:
+            return str(self.version)
+        digest = hashlib.sha256()
+        for part in (*self._sources(), *self._files(), _canonical(self._settings())):
+            digest.update(len(part).to_bytes(8, "big") + part)
+        return f"sha256:{digest.hexdigest()[:12]}"
+
+    @cached_property
+    def named_agents(self) -> frozenset[str]:
+        """Names of other agents that its own code names as globals or closure variables: reads that no parameter declares."""
+        found = (value for function in self._functions() for value in _names_loaded(function))
+        others = (value for value in found if _is_agent(value) and value is not self and value is not type(self))
+        return frozenset(value.name for value in others if not (isinstance(value, type) and isinstance(self, value)))
+
+    # -- running it ------------------------------------------------------------------------------------------------------------------
+
+    def call(self, ctx: AgentContext | None, values: Mapping[str, Any], resources: Mapping[str, Any]) -> Any:
+        """Invoke `execute` once: `values` by parameter name, `resources` by name (others are ignored).
+
+        Returns what it returned: a model, a frame, an iterable of models (entry), or an awaitable of that when `is_async`. Awaits nothing.
+        AgentCallError when another agent is executing in this thread or task; WiringError for a resource that is not there.
+        """
+        if missing := [name for name in self.resources if name not in resources]:
+            self._wrong(
+                f"it needs the resource {missing[0]!r}, which nobody provides", missing[0], f"pass {missing[0]!r} among the resources"
+            )
+        args = [*([ctx] if self.takes_context else []), *(values[i.parameter] for i in self.inputs)]
+        result = self(*args, **{name: resources[name] for name in self.resources})
+        if self.is_entry and self.output_shape is Shape.RECORD and not self._returned.many:
+            return _awaited_alone(result) if self.is_async else [result]
+        return result
+
+    def _invoke(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if inspect.iscoroutinefunction(function):
+            _refuse_nested(self)  # now, not only once it is awaited
+            return _awaiting(self, function, args, kwargs)
+        with executing(self):
+            result = function(*args, **kwargs)
+        # A generator's body runs while it is read, which is after this returns.
+        return _stepping(self, result) if isinstance(result, Iterator) else result
+
+    # -- reading the signature -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _raw(self) -> Callable[..., Any]:
+        execute = type(self).execute
+        if execute is Agent.execute:
+            self._wrong("the class defines no `execute`", "execute", "define execute(self, upstream: Model) -> Model")
+        return typing.cast(Callable[..., Any], getattr(execute, "__wrapped__", execute))
+
+    @property
+    def _signature(self) -> inspect.Signature:
+        signature = inspect.signature(self._raw)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
+
+    @cached_property
+    def _parameters(self) -> _Parameters:
+        parameters = list(self._signature.parameters.values())
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                self._wrong("it takes *args or **kwargs, which name no upstream", parameter.name, "name every upstream and resource")
+        positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        context = positional[0].name if positional and self._is_context(positional[0]) else None
+        resources = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
+        if reserved := RESERVED_RESOURCES.intersection(resources):
+            name = min(reserved)
+            self._wrong(
+                f"it asks for the resource {name!r}: reads that no parameter declares", name, "declare the upstream agent as a parameter"
+            )
+        return _Parameters(context, tuple(positional[1:] if context else positional), resources)
+
+    def _is_context(self, parameter: inspect.Parameter) -> bool:
+        if parameter.name == "ctx" or parameter.annotation is AgentContext:
+            return True
+        return isinstance(parameter.annotation, str) and parameter.annotation.split(".")[-1].strip("'\"") == AgentContext.__name__
+
+    def _input(self, parameter: inspect.Parameter) -> Input:
+        read = self._read(parameter.annotation, parameter.name)
+        if read.many:
+            self._wrong("a collection of records is no shape of input", parameter.name, f"take mao.DataFrame[{read.model.__name__}]")
+        if parameter.default is not parameter.empty and not (read.optional and parameter.default is None):
+            self._wrong(
+                "an upstream has a default, which would never be used",
+                parameter.name,
+                f"annotate `{read.model.__name__} | None`, or drop it",
+            )
+        contract = self._contract(read.model, parameter.name)
+        return Input(parameter.name, self.ins.get(parameter.name, parameter.name), contract, read.shape, not read.optional)
+
+    def _check_inputs(self, inputs: tuple[Input, ...]) -> None:
+        shapes = {i.shape is Shape.RECORD for i in inputs}
+        if len(shapes) > 1:
+            odd = next(i for i in inputs if i.shape is Shape.RECORD)
+            self._wrong("records and frames are mixed among its inputs", odd.parameter, f"take mao.LazyFrame[{odd.contract.name}] here too")
+        upstreams = [i.upstream for i in inputs]
+        if repeated := [i for n, i in enumerate(inputs) if i.upstream in upstreams[:n]]:
+            self._wrong(
+                f"it reads {repeated[0].upstream!r} twice", repeated[0].parameter, "take it once, under one contract that has all fields"
+            )
+        for among in (inputs, [i for i in inputs if i.contract.key]):
+            if among and not any(i.required for i in among):
+                self._wrong(
+                    "all its inputs may be missing, so that nothing says which records there are",
+                    among[0].parameter,
+                    "drop `| None` on one",
+                )
+
+    @cached_property
+    def _returned(self) -> _Annotation:
+        if inspect.isasyncgenfunction(self._raw):
+            self._wrong("it is an async generator", "return", "return a list, or make it a plain generator")
+        read = self._read(self._signature.return_annotation, "return")
+        model = read.model.__name__
+        if read.optional:
+            self._wrong("it may return None, and records are conserved", "return", f"return a {model} that says so")
+        if self.is_entry:
+            return read
+        if read.many:
+            self._wrong("it returns a collection per record", "return", f"return {model}, or work on frames: mao.LazyFrame[{model}]")
+        if (read.shape is Shape.RECORD) != (self.inputs[0].shape is Shape.RECORD):
+            fix = f"mao.LazyFrame[{model}]" if read.shape is Shape.RECORD else model
+            self._wrong("its inputs and its output are of different shapes", "return", f"return {fix}")
+        keyed = [i for i in self.inputs if i.contract.key]
+        if read.shape is Shape.RECORD and keyed and self._contract(read.model, "return").key is None:
+            self._wrong(
+                f"it returns a {model} per record of {keyed[0].upstream!r}, but {model} has no key",
+                "return",
+                f"mark a field of {model} as mao.Key",
+            )
+        return read
+
+    def _read(self, annotation: Any, where: str) -> _Annotation:
+        if annotation is inspect.Parameter.empty:
+            self._wrong(
+                "no contract: it has no annotation",
+                where,
+                "annotate it with a pydantic model, mao.LazyFrame[Model] or mao.DataFrame[Model]",
+            )
+        resolved = self._evaluate(annotation, where)
+        if typing.get_origin(resolved) is typing.Annotated:
+            resolved = typing.get_args(resolved)[0]
+        if typing.get_origin(resolved) in (typing.Union, types.UnionType):
+            arms = [arm for arm in typing.get_args(resolved) if arm is not types.NoneType]
+            if len(arms) == 1:
+                return self._read(arms[0], where)._replace(optional=True)
+        read = _shape_of(resolved)
+        if read is None:
+            shown = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+            fix = "annotate it with a pydantic model, mao.LazyFrame[Model] or mao.DataFrame[Model]"
+            if where != "return":
+                fix += "; a resource is keyword-only (after `*`), the context is the first parameter"
+            self._wrong(f"{shown!r} is no contract", where, fix)
+        return read
+
+    def _evaluate(self, annotation: Any, where: str) -> Any:
+        # One at a time: a resource annotated with a name that only type checkers import must not be in the way.
+        function = inspect.unwrap(self._raw)
+        names = {**vars(type(self)), **_closure(function), **self._namespace}
+        holder = types.SimpleNamespace(__annotations__={"it": annotation})
+        try:
+            return typing.get_type_hints(holder, getattr(function, "__globals__", {}), names, include_extras=True)["it"]
+        except Exception as error:
+            fix = "define or import the model at module level, and not under TYPE_CHECKING"
+            self._wrong(f"the annotation {annotation!r} cannot be resolved ({error})", where, fix, error)
+
+    def _contract(self, model: type[BaseModel], where: str) -> Contract[Any]:
+        try:
+            return Contract.of(model)
+        except MaoError as error:
+            error.agent = error.agent or self.name
+            error.field = error.field or where
+            raise
+
+    def _check_attributes(self) -> None:
+        if not NAME.fullmatch(self.name):
+            self._wrong(
+                f"{self.name!r} is no name of an agent",
+                "name",
+                f"use small letters, digits and _: {_snake_case(self.name) or 'my_agent'!r}",
+            )
+        for attribute in ("owners", "kinds", "code_files"):
+            value = getattr(self, attribute)
+            if isinstance(value, (str, Path)):
+                self._wrong(f"`{attribute}` is one string", attribute, f"{attribute}=[{str(value)!r}]")
+        if not isinstance(self.concurrency, int) or self.concurrency < 1:
+            self._wrong(f"`concurrency` is {self.concurrency!r}", "concurrency", "a whole number from 1 on")
+
+    def _wrong(self, what: str, where: str, fix: str, cause: Exception | None = None) -> NoReturn:
+        raise WiringError(f"Agent {self.name!r}: {what}", agent=self.name, field=where, fix=fix) from cause
+
+    # -- what its version covers -----------------------------------------------------------------------------------------------------
+
+    def _functions(self) -> list[types.FunctionType]:
+        classes = [cls for cls in type(self).__mro__ if issubclass(cls, Agent) and cls.__module__ != __name__]
+        found = (
+            inspect.unwrap(value) for cls in classes for value in vars(cls).values() if callable(value) and not isinstance(value, type)
+        )
+        return [function for function in found if isinstance(function, types.FunctionType)]
+
+    def _settings(self) -> dict[str, Any]:
+        return self.__getstate__()
+
+    def _sources(self) -> list[bytes]:
+        return list({source: None for function in self._functions() for source in [_source(function)]})
+
+    def _files(self) -> Iterator[bytes]:
+        home = Path(inspect.unwrap(self._raw).__code__.co_filename).parent
+        for declared in self.code_files:
+            path = home / declared
+            if not path.exists():
+                self._wrong(
+                    f"the code file {str(declared)!r} does not exist", "code_files", f"give a path relative to {home}, or an absolute one"
+                )
+            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+            for file in files:
+                yield f"{declared}/{file.relative_to(path)}".encode()
+                yield file.read_bytes()
+
+
+class FunctionAgent(Agent, Generic[P, R]):
+    """The function form, made by `@agent`. Calling it calls the function."""
+
+    def __init__(self, function: Callable[P, R], namespace: Mapping[str, Any], **declared: Any) -> None:
+        self._function = function
+        self._namespace = namespace  # type: ignore[misc]
+        self._declared = declared
+        self.__doc__, self.__module__ = function.__doc__, function.__module__
+        self.__name__, self.__qualname__ = function.__name__, function.__qualname__
+        self.__signature__ = inspect.signature(function)
+        self.name = function.__name__
+        self.description = inspect.cleandoc(function.__doc__ or "") or None
+        for attribute, value in declared.items():
+            if value is not None:
+                setattr(self, attribute, value)
+
+    def execute(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the function returns. AgentCallError inside another agent's `execute`."""
+        return typing.cast(R, self._invoke(self._function, args, kwargs))
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.execute(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        # The name in the module is the agent, so the function cannot be found by its name, and need not be: the agent can.
+        found = _find(self.__module__, self.__qualname__)
+        if found is self:
+            return (_find, (self.__module__, self.__qualname__))
+        if found is self._function:
+            return (_rebuild, (self._function, self._declared))
+        raise pickle.PicklingError(
+            f"Agent {self.name!r} cannot be imported as {self.__module__}.{self.__qualname__}. Fix: define it at module level"
+        )
+
+    @property
+    def _raw(self) -> Callable[..., Any]:
+        return self._function
+
+    @property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self._function)
+
+    def _functions(self) -> list[types.FunctionType]:
+        function = inspect.unwrap(self._function)
+        return [function] if isinstance(function, types.FunctionType) else []
+
+    def _settings(self) -> dict[str, Any]:
+        return {}
+
+
+_CACHED = frozenset(name for name, value in vars(Agent).items() if isinstance(value, cached_property))
+
+
+@overload
+def agent(fn: Callable[P, R], /) -> FunctionAgent[P, R]: ...
+@overload
+def agent(
+    *,
+    name: str | None = ...,
+    version: str | None = ...,
+    ins: Mapping[str, str] | None = ...,
+    owners: Sequence[str] = ...,
+    tags: Mapping[str, str] | None = ...,
+    kinds: Sequence[str] = ...,
+    pool: str | None = ...,
+    model: str | None = ...,
+    description: str | None = ...,
+    code_files: Sequence[str | Path] = ...,
+    concurrency: int = ...,
+) -> Callable[[Callable[P, R]], FunctionAgent[P, R]]: ...
+
+
+def agent(
+    fn: Callable[P, R] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    version: str | None = None,
+    ins: Mapping[str, str] | None = None,
+    owners: Sequence[str] = (),
+    tags: Mapping[str, str] | None = None,
+    kinds: Sequence[str] = (),
+    pool: str | None = None,
+    model: str | None = None,
+    description: str | None = None,
+    code_files: Sequence[str | Path] = (),
+    concurrency: int = 16,
+) -> FunctionAgent[P, R] | Callable[[Callable[P, R]], FunctionAgent[P, R]]:
+    """Make an agent of a function: `@agent`, or `@agent(name=..., owners=[...])`. The options are the attributes of `Agent`.
+
+    The agent can be called as the function could, so that a unit test needs no pipeline. WiringError if it is given no function.
+    """
+    declared = {
+        "name": name,
+        "version": version,
+        "ins": ins,
+        "owners": owners,
+        "tags": tags,
+        "kinds": kinds,
+        "pool": pool,
+        "model": model,
+        "description": description,
+        "code_files": code_files,
+        "concurrency": concurrency,
+    }
+    caller = sys._getframe(1)
+
+    def decorate(function: Callable[P, R]) -> FunctionAgent[P, R]:
+        if not inspect.isfunction(function):
+            shown = getattr(function, "__name__", repr(function))
+            raise WiringError(
+                f"{shown!r} is no function", agent=str(shown), field="fn", fix="decorate a function; derive a class from mao.Agent"
+            )
+        return FunctionAgent(function, _locals_named_by(function, caller), **declared)
+
+    return decorate(fn) if fn is not None else decorate
+
+
+# -- law 10: agents never call agents ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def executing(agent: Agent) -> Generator[None]:
+    """Mark `agent` as the one that executes in this thread or task; AgentCallError when another one already does.
+
+    It reaches as far as context variables do: nested calls, asyncio tasks, `asyncio.to_thread`; not a thread that an agent starts itself.
+    """
+    _refuse_nested(agent)
+    token = _executing.set(agent)
+    try:
+        yield
+    finally:
+        _executing.reset(token)
+
+
+def _refuse_nested(agent: Agent) -> None:
+    caller = _executing.get()
+    # The same agent may: `super().execute(...)`, recursion.
+    if caller is not None and caller is not agent:
+        raise AgentCallError(
+            f"Agent {caller.name!r} called agent {agent.name!r} inside its execute; agents never call agents",
+            agent=caller.name,
+            field=agent.name,
+            fix=f"take `{agent.name}` as a parameter of {caller.name!r}: the pipeline hands over its sealed output",
+        )
+
+
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def execute(self: Agent, *args: Any, **kwargs: Any) -> Any:
+        return self._invoke(function.__get__(self), args, kwargs)
+
+    return execute
+
+
+async def _awaiting(agent: Agent, function: Callable[..., Coroutine[Any, Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with executing(agent):
+        return await function(*args, **kwargs)
+
+
+async def _awaited_alone(record: Coroutine[Any, Any, Any]) -> list[Any]:
+    return [await record]
+
+
+def _stepping(agent: Agent, iterator: Iterator[Any]) -> Iterator[Any]:
+    try:
+        while True:
+            with executing(agent):
+                try:
+                    value = next(iterator)
+                except StopIteration:
+                    return
+            yield value
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()
+
+
+# -- names, annotations, sources -----------------------------------------------------------------------------------------------------
+
+
+def _snake_case(name: str) -> str:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    return re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_")
+
+
+def _is_agent(value: Any) -> bool:
+    return isinstance(value, Agent) or (isinstance(value, type) and issubclass(value, Agent) and value is not Agent)
+
+
+def _shape_of(annotation: Any) -> _Annotation | None:
+    if _is_model(annotation):
+        return _Annotation(Shape.RECORD, annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is None or not arguments or not _is_model(arguments[0]):
+        return None
+    if origin is LazyFrame:
+        return _Annotation(Shape.LAZYFRAME, arguments[0])
+    if origin is DataFrame:
+        return _Annotation(Shape.DATAFRAME, arguments[0])
+    if isinstance(origin, type) and issubclass(origin, collections.abc.Iterable) and not issubclass(origin, collections.abc.Mapping):
+        return _Annotation(Shape.RECORD, arguments[0], many=True)
+    return None
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    names, cells = getattr(getattr(function, "__code__", None), "co_freevars", ()), getattr(function, "__closure__", None) or ()
+    found = {}
+    for name, cell in zip(names, cells, strict=False):
+        with contextlib.suppress(ValueError):  # not bound yet
+            found[name] = cell.cell_contents
+    return found
+
+
+def _locals_named_by(function: Any, frame: types.FrameType) -> dict[str, Any]:
+    """The locals of the defining function that annotations written as strings name: a string makes no closure variable."""
+    if frame.f_locals is frame.f_globals:
+        return {}
+    texts = [text for text in getattr(function, "__annotations__", {}).values() if isinstance(text, str)]
+    words = {word for text in texts for word in re.findall(r"[^\W\d]\w*", text)}
+    return {name: value for name, value in frame.f_locals.items() if name in words}
+
+
+def _names_loaded(function: types.FunctionType) -> Iterator[Any]:
+    closure = _closure(function)
+    for code in _codes(function.__code__):
+        for name in _globals_of(code):
+            if name in function.__globals__:
+                yield function.__globals__[name]
+        for name in code.co_freevars:
+            if name in closure:
+                yield closure[name]
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_of(code: types.CodeType) -> frozenset[str]:
+    # Not co_names: those are attributes too, and `record.credit_score` names no agent.
+    import dis
+
+    return frozenset(str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+
+
+def _source(function: types.FunctionType) -> bytes:
+    """The source of the function's module; of a session without files (python -c, a prompt) the function's code itself."""
+    linecache.checkcache(function.__code__.co_filename)
+    lines = linecache.getlines(function.__code__.co_filename, function.__globals__)
+    if lines:
+        return "".join(lines).replace("\r\n", "\n").encode()
+    return "\n".join(_fingerprint(code) for code in _codes(function.__code__)).encode()
+
+
+def _fingerprint(code: types.CodeType) -> str:
+    constants = [sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c) for c in code.co_consts if not isinstance(c, types.CodeType)]
+    return json.dumps([code.co_name, code.co_code.hex(), code.co_names, code.co_varnames, constants])
+
+
+def _canonical(settings: dict[str, Any]) -> bytes:
+    return json.dumps(settings, sort_keys=True, default=_plain).encode() if settings else b""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    if isinstance(value, (Path, dt.date, dt.timedelta)):
+        return str(value)
+    return f"{type(value).__module__}.{type(value).__qualname__}"  # never its repr: addresses differ from process to process
+
+
+def _find(module: str, qualname: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _rebuild(function: Callable[..., Any], declared: dict[str, Any]) -> FunctionAgent[..., Any]:
+    return FunctionAgent(function, {}, **declared)

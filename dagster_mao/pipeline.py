@@ -1,0 +1,269 @@
+"""The pipeline: agents and their entry. Its graph is read from what the agents declare, and whatever is wrong with it is said at load."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+
+from dagster_mao.agent import NAME, Agent, Input
+from dagster_mao.contract import Contract, compare
+from dagster_mao.errors import MaoError, WiringError
+
+
+@dataclass(frozen=True, init=False)
+class ExternalEntry:
+    """An existing asset as the entry: its key, the contract of its rows, and the name under which agents read it (default: the key's end)."""
+
+    asset_key: tuple[str, ...]
+    contract: Contract[Any]
+    name: str
+
+    def __init__(self, asset_key: Any, contract: type[BaseModel] | Contract[Any], name: str | None = None) -> None:
+        path = _path(asset_key)
+        if path is None:
+            raise WiringError(f"{asset_key!r} is no asset key", field="entry", fix='give "a/b", ["a", "b"] or an AssetKey')
+        object.__setattr__(self, "asset_key", path)
+        object.__setattr__(self, "contract", contract if isinstance(contract, Contract) else Contract.of(contract))
+        object.__setattr__(self, "name", name or path[-1])
+
+
+class Pipeline:
+    """A set of agents and their entry.
+
+    `entry` is an agent without inputs, an `ExternalEntry`, or the key of an existing asset ("a/b", ["a", "b"], an AssetKey), whose contract
+    is then what its readers agree on. `agents` may be agents or classes, in any order. `partitions_def`, `owners` and `tags` go to Dagster.
+
+    `agents` and `order` are topological, stable against the order given, the entry first when it is an agent. Raises WiringError naming
+    agent, field and fix: missing upstream, cycle, duplicate, unreachable agent, contracts that contradict, keys that cannot be joined, a
+    read that no parameter declares.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        entry: Any,
+        agents: Sequence[Agent | type[Agent]] = (),
+        description: str | None = None,
+        partitions_def: Any = None,
+        owners: Sequence[str] = (),
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise WiringError(f"{name!r} is no name of a pipeline", field="name", fix="use small letters, digits and _, a letter first")
+        self.name, self.description, self.partitions_def = name, description, partitions_def
+        self.owners, self.tags = tuple(owners), dict(tags or {})
+        given = [_instance(a) for a in agents]
+        entry = _instance(entry) if isinstance(entry, type) else entry
+        if isinstance(entry, Agent):
+            given = [entry, *(a for a in given if a is not entry)]
+        self._declared = self._by_name(given)
+        self.entry: Agent | ExternalEntry = entry if isinstance(entry, Agent) else self._external(entry)
+        self.entry_name = self.entry.name
+        self._check_sources()
+        self.agents: dict[str, Agent] = {a: self._declared[a] for a in self._sorted()}
+        for reader in self.agents.values():
+            self._check_contracts(reader)
+            self._check_keys(reader)
+
+    def __repr__(self) -> str:
+        return f"<pipeline {self.name}: {' '.join(self.order)}>"
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Names of the agents, each after all that it reads."""
+        return tuple(self.agents)
+
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """Names of all resources that its agents need, sorted."""
+        return tuple(sorted({name for a in self.agents.values() for name in a.resources}))
+
+    def upstreams(self, agent: str | Agent) -> tuple[Input, ...]:
+        """What the agent reads. WiringError if the pipeline has no such agent."""
+        return self._agent(agent).inputs
+
+    def downstreams(self, agent: str | Agent) -> tuple[str, ...]:
+        """Names of those who read the agent (or the external entry, by its name), in topological order."""
+        name = agent if isinstance(agent, str) else agent.name
+        if name != self.entry_name:
+            self._agent(name)
+        return tuple(a.name for a in self.agents.values() if any(i.upstream == name for i in a.inputs))
+
+    def contract_of(self, name: str) -> Contract[Any]:
+        """The contract that an agent, or the external entry, promises."""
+        return self.entry.contract if isinstance(self.entry, ExternalEntry) and name == self.entry_name else self._agent(name).output
+
+    def build_definitions(self, **overrides: Any) -> Any:
+        """The pipeline as `dg.Definitions`: assets, checks, job, schedule, resources. Imports Dagster."""
+        return importlib.import_module("dagster_mao.dagster").build_definitions(self, **overrides)
+
+    # -- wiring ----------------------------------------------------------------------------------------------------------------------
+
+    def _agent(self, agent: str | Agent) -> Agent:
+        name = agent if isinstance(agent, str) else agent.name
+        if name not in self.agents:
+            self._wrong(f"has no agent {name!r}", name, "agent", _suggestion(name, self.agents) or f"it has {', '.join(self.agents)}")
+        return self.agents[name]
+
+    def _by_name(self, agents: list[Agent]) -> dict[str, Agent]:
+        found: dict[str, Agent] = {}
+        for one in agents:
+            if one.name in found:
+                self._wrong(f"has two agents named {one.name!r}", one.name, "name", "list it once, or give one of them another name=")
+            try:
+                one.resolve()
+            except MaoError as error:
+                error.what = f"Pipeline {self.name!r}: {error.what}"
+                raise
+            found[one.name] = one
+        return found
+
+    def _external(self, entry: Any) -> ExternalEntry:
+        if isinstance(entry, ExternalEntry):
+            external = entry
+        else:
+            path = _path(entry)
+            if path is None:
+                fix = 'give an agent without inputs, mao.ExternalEntry(key, contract=Model), or an asset key: "a/b", ["a", "b"], AssetKey'
+                self._wrong(f"{entry!r} is neither an agent nor an asset key", None, "entry", fix)
+            external = ExternalEntry(path, self._agreed(path))
+        if not NAME.fullmatch(external.name):
+            self._wrong(
+                f"{external.name!r} is no name that a parameter can have", None, "entry", "mao.ExternalEntry(key, contract=Model, name=...)"
+            )
+        if external.name in self._declared:
+            fix = "give the agent another name=, or mao.ExternalEntry(key, contract=Model, name=...)"
+            self._wrong(f"the entry and an agent are both named {external.name!r}", external.name, "name", fix)
+        return external
+
+    def _agreed(self, path: tuple[str, ...]) -> Contract[Any]:
+        fix = f"say it: entry=mao.ExternalEntry({'/'.join(path)!r}, contract=Model)"
+        readers = [(a, i) for a in self._declared.values() for i in a.inputs if i.upstream == path[-1]]
+        if not readers:
+            self._wrong(f"no agent reads the entry {path[-1]!r}", None, "entry", f"name a parameter {path[-1]!r}, or map one to it by ins=")
+        (_, first), *others = readers
+        for reader, read in others:
+            if (read.contract.hash, read.contract.key) != (first.contract.hash, first.contract.key):
+                names = f"{first.contract.name!r} and {read.contract.name!r}"
+                self._wrong(
+                    f"the readers of the entry {path[-1]!r} do not agree on its contract ({names})", reader.name, read.parameter, fix
+                )
+        return first.contract
+
+    def _check_sources(self) -> None:
+        names = {*self._declared, self.entry_name}
+        if isinstance(self.entry, Agent) and not self.entry.is_entry:
+            reads = self.entry.inputs[0]
+            fix = "give an agent without inputs; agents that read others go to agents="
+            self._wrong(f"the entry {self.entry_name!r} reads {reads.upstream!r}", self.entry_name, reads.parameter, fix)
+        for one in self._declared.values():
+            if one.is_entry and one is not self.entry:
+                fix = f"take the entry, `{self.entry_name}`, or an agent below it as a parameter; or make it the entry="
+                self._wrong(f"agent {one.name!r} reads nothing and is not the entry: nothing reaches it", one.name, "inputs", fix)
+            for read in one.inputs:
+                if read.upstream not in names:
+                    fix = (
+                        _suggestion(read.upstream, names)
+                        or f"add it to agents=, or map the parameter by ins=; there are {', '.join(sorted(names))}"
+                    )
+                    self._wrong(f"agent {one.name!r} reads {read.upstream!r}, which is no agent of it", one.name, read.parameter, fix)
+            if undeclared := sorted(one.named_agents & names - {i.upstream for i in one.inputs}):
+                fix = f"take `{undeclared[0]}` as a parameter: the pipeline hands over its sealed output"
+                self._wrong(f"agent {one.name!r} reaches for {undeclared[0]!r}, which no parameter declares", one.name, undeclared[0], fix)
+
+    def _sorted(self) -> list[str]:
+        done: list[str] = []
+        waiting = list(self._declared)
+        reads = {name: {i.upstream for i in one.inputs} - {self.entry_name} for name, one in self._declared.items()}
+        while waiting:
+            ready = next((name for name in waiting if reads[name] <= set(done)), None)
+            if ready is None:
+                self._refuse_cycle(reads, waiting)
+            done.append(ready)
+            waiting.remove(ready)
+        return done
+
+    def _refuse_cycle(self, reads: Mapping[str, set[str]], waiting: Sequence[str]) -> NoReturn:
+        path = [waiting[0]]
+        while path[-1] not in path[:-1]:
+            path.append(min(reads[path[-1]].intersection(waiting)))
+        cycle = path[path.index(path[-1]) :][::-1]
+        upstream, reader = next(pairwise(cycle))
+        parameter = next(i.parameter for i in self._declared[reader].inputs if i.upstream == upstream)
+        fix = f"let one of them read something further up, for example `{self.entry_name}`"
+        self._wrong(f"its agents read each other in a cycle: {' -> '.join(cycle)}", reader, parameter, fix)
+
+    def _check_contracts(self, reader: Agent) -> None:
+        for read in reader.inputs:
+            producer = self.contract_of(read.upstream)
+            for difference in compare(producer.describe(), read.contract.describe()):
+                if difference.kind == "contradiction":
+                    what = f"agent {reader.name!r} cannot read {read.upstream!r} as {read.contract.name}: {difference.field}: {difference.detail}"
+                    fix = f"change {difference.field!r} in {read.contract.name}, or in {producer.name}, which {read.upstream!r} promises"
+                    self._wrong(what, reader.name, difference.field, fix)
+            if producer.key != read.contract.key:
+                self._refuse_key(reader, read, producer)
+
+    def _refuse_key(self, reader: Agent, read: Input, producer: Contract[Any]) -> NoReturn:
+        what = f"agent {reader.name!r} reads {read.upstream!r} by the key {read.contract.key!r}, which promises {producer.key!r}"
+        if producer.key is None:
+            fix = f"mark {read.contract.key!r} in {producer.name} as mao.Key, or unmark it in {read.contract.name} (a batch of one record)"
+        else:
+            fix = f"mark {producer.key!r} in {read.contract.name} as mao.Key"
+        self._wrong(what, reader.name, read.contract.key or producer.key, fix)
+
+    def _check_keys(self, reader: Agent) -> None:
+        # Without a key an upstream is a batch of one record, and is there for every record of the others.
+        keyed = [(i, i.contract.schema[i.contract.key]) for i in reader.inputs if i.contract.key is not None]
+        for (one, its), (other, others) in pairwise(keyed):
+            if its != others:
+                what = f"agent {reader.name!r} joins {one.upstream!r} by {one.contract.key!r} ({its}) with {other.upstream!r} by "
+                what += f"{other.contract.key!r} ({others})"
+                self._wrong(what, reader.name, other.contract.key, "give both keys the same type")
+        if keyed and reader.output.key == keyed[0][0].contract.key:
+            promised = reader.output.schema[reader.output.key]
+            if promised != keyed[0][1]:
+                what = f"agent {reader.name!r} conserves {reader.output.key!r}, but returns it as {promised} and reads it as {keyed[0][1]}"
+                self._wrong(what, reader.name, reader.output.key, "give it the same type on both sides")
+
+    def _wrong(self, what: str, agent: str | None, field: str | None, fix: str) -> NoReturn:
+        raise WiringError(f"Pipeline {self.name!r}: {what}", agent=agent, field=field, fix=fix)
+
+
+def _instance(declared: Any) -> Agent:
+    if isinstance(declared, Agent):
+        return declared
+    shown = getattr(declared, "__name__", repr(declared))
+    if not (isinstance(declared, type) and issubclass(declared, Agent)):
+        raise WiringError(
+            f"{shown!r} is no agent", agent=shown, field="agents", fix="decorate it with @mao.agent, or derive it from mao.Agent"
+        )
+    try:
+        return declared()
+    except TypeError as error:
+        raise WiringError(
+            f"The class {shown!r} cannot be made an agent ({error})", agent=shown, field="agents", fix=f"list an instance: {shown}(...)"
+        ) from error
+
+
+def _path(key: Any) -> tuple[str, ...] | None:
+    """The path of an asset key, however it is written: "a/b", ["a", "b"], an AssetKey, an asset with a key."""
+    key = getattr(key, "key", key)
+    path = getattr(key, "path", key)
+    parts = path.split("/") if isinstance(path, str) else path
+    if not isinstance(parts, Iterable):
+        return None
+    parts = tuple(parts)
+    return parts if parts and all(isinstance(part, str) and part for part in parts) else None
+
+
+def _suggestion(name: str, names: Iterable[str]) -> str | None:
+    close = difflib.get_close_matches(name, sorted(names), n=1)
+    return f"did you mean {close[0]!r}?" if close else None
