@@ -145,6 +145,8 @@ class Agent:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if cls.__module__ == __name__:  # the function form, which guards and names itself
+            return
         own = vars(cls)
         if "name" not in own:
             cls.name = _snake_case(cls.__name__)
@@ -296,9 +298,9 @@ class Agent:
         return _Parameters(context, tuple(positional[1:] if context else positional), resources)
 
     def _is_context(self, parameter: inspect.Parameter) -> bool:
-        if parameter.name == "ctx" or parameter.annotation is AgentContext:
-            return True
-        return isinstance(parameter.annotation, str) and parameter.annotation.split(".")[-1].strip("'\"") == AgentContext.__name__
+        if parameter.name == "ctx" or parameter.annotation is parameter.empty:
+            return parameter.name == "ctx"
+        return self._evaluate(parameter.annotation, parameter.name) is AgentContext
 
     def _input(self, parameter: inspect.Parameter) -> Input:
         read = self._read(parameter.annotation, parameter.name)

@@ -5,32 +5,50 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
-from dagster_mao.agent import NAME, Agent, Input
+from dagster_mao.agent import NAME, Agent, Input, Shape
 from dagster_mao.contract import Contract, compare
 from dagster_mao.errors import MaoError, WiringError
 
 
-@dataclass(frozen=True, init=False)
-class ExternalEntry:
-    """An existing asset as the entry: its key, the contract of its rows, and the name under which agents read it (default: the key's end)."""
+class ExternalEntry(Agent):
+    """An existing asset as the entry: its key and the contract of its rows. Its batches are handed in, so that it executes nothing.
 
-    asset_key: tuple[str, ...]
-    contract: Contract[Any]
-    name: str
+    `name` is what agents read it under; by default the end of the key.
+    """
 
     def __init__(self, asset_key: Any, contract: type[BaseModel] | Contract[Any], name: str | None = None) -> None:
         path = _path(asset_key)
         if path is None:
             raise WiringError(f"{asset_key!r} is no asset key", field="entry", fix='give "a/b", ["a", "b"] or an AssetKey')
-        object.__setattr__(self, "asset_key", path)
-        object.__setattr__(self, "contract", contract if isinstance(contract, Contract) else Contract.of(contract))
-        object.__setattr__(self, "name", name or path[-1])
+        self.asset_key, self.name = path, name or path[-1]
+        self.contract: Contract[Any] = contract if isinstance(contract, Contract) else Contract.of(contract)
+        self.description = f"The asset {'/'.join(path)} as it came in."
+        self.version = f"sha256:{self.contract.hash[:12]}"
+
+    def execute(self) -> NoReturn:
+        """Raises WiringError: there is nothing to execute, the rows of the asset are to be handed in."""
+        raise WiringError(
+            f"The entry {self.name!r} is the asset {'/'.join(self.asset_key)}, which brings its own rows",
+            agent=self.name,
+            field="records",
+            fix="hand them in: mao.run(pipeline, records)",
+        )
+
+    @cached_property
+    def output(self) -> Contract[Any]:
+        """The contract of the asset's rows."""
+        return self.contract
+
+    @cached_property
+    def output_shape(self) -> Shape:
+        """LAZYFRAME: the rows are there already."""
+        return Shape.LAZYFRAME
 
 
 class Pipeline:
@@ -39,7 +57,7 @@ class Pipeline:
     `entry` is an agent without inputs, an `ExternalEntry`, or the key of an existing asset ("a/b", ["a", "b"], an AssetKey), whose contract
     is then what its readers agree on. `agents` may be agents or classes, in any order. `partitions_def`, `owners` and `tags` go to Dagster.
 
-    `agents` and `order` are topological, stable against the order given, the entry first when it is an agent. Raises WiringError naming
+    The entry is an agent in every case and comes first in `agents` and `order`, which are topological and otherwise as given. Raises WiringError naming
     agent, field and fix: missing upstream, cycle, duplicate, unreachable agent, contracts that contradict, keys that cannot be joined, a
     read that no parameter declares.
     """
@@ -61,11 +79,9 @@ class Pipeline:
         self.owners, self.tags = tuple(owners), dict(tags or {})
         given = [_instance(a) for a in agents]
         entry = _instance(entry) if isinstance(entry, type) else entry
-        if isinstance(entry, Agent):
-            given = [entry, *(a for a in given if a is not entry)]
-        self._declared = self._by_name(given)
-        self.entry: Agent | ExternalEntry = entry if isinstance(entry, Agent) else self._external(entry)
+        self.entry: Agent = entry if isinstance(entry, Agent) else self._external(entry, given)
         self.entry_name = self.entry.name
+        self._declared = self._by_name([self.entry, *(a for a in given if a is not self.entry)])
         self._check_sources()
         self.agents: dict[str, Agent] = {a: self._declared[a] for a in self._sorted()}
         for reader in self.agents.values():
@@ -85,32 +101,30 @@ class Pipeline:
         """Names of all resources that its agents need, sorted."""
         return tuple(sorted({name for a in self.agents.values() for name in a.resources}))
 
-    def upstreams(self, agent: str | Agent) -> tuple[Input, ...]:
-        """What the agent reads. WiringError if the pipeline has no such agent."""
-        return self._agent(agent).inputs
+    def node(self, agent: str) -> Agent:
+        """The agent (or the entry) of that name. WiringError if the pipeline has no such agent."""
+        if agent not in self.agents:
+            self._wrong(f"has no agent {agent!r}", agent, "agent", _suggestion(agent, self.agents) or f"it has {', '.join(self.agents)}")
+        return self.agents[agent]
 
-    def downstreams(self, agent: str | Agent) -> tuple[str, ...]:
-        """Names of those who read the agent (or the external entry, by its name), in topological order."""
-        name = agent if isinstance(agent, str) else agent.name
-        if name != self.entry_name:
-            self._agent(name)
+    def inputs_of(self, agent: str) -> tuple[Input, ...]:
+        """What the agent reads; empty for the entry."""
+        return self.node(agent).inputs
+
+    def output_of(self, agent: str) -> Contract[Any]:
+        """The contract that the agent promises to those who read it."""
+        return self.node(agent).output
+
+    def downstreams(self, agent: str) -> tuple[str, ...]:
+        """Names of those who read the agent, in topological order."""
+        name = self.node(agent).name
         return tuple(a.name for a in self.agents.values() if any(i.upstream == name for i in a.inputs))
-
-    def contract_of(self, name: str) -> Contract[Any]:
-        """The contract that an agent, or the external entry, promises."""
-        return self.entry.contract if isinstance(self.entry, ExternalEntry) and name == self.entry_name else self._agent(name).output
 
     def build_definitions(self, **overrides: Any) -> Any:
         """The pipeline as `dg.Definitions`: assets, checks, job, schedule, resources. Imports Dagster."""
         return importlib.import_module("dagster_mao.dagster").build_definitions(self, **overrides)
 
     # -- wiring ----------------------------------------------------------------------------------------------------------------------
-
-    def _agent(self, agent: str | Agent) -> Agent:
-        name = agent if isinstance(agent, str) else agent.name
-        if name not in self.agents:
-            self._wrong(f"has no agent {name!r}", name, "agent", _suggestion(name, self.agents) or f"it has {', '.join(self.agents)}")
-        return self.agents[name]
 
     def _by_name(self, agents: list[Agent]) -> dict[str, Agent]:
         found: dict[str, Agent] = {}
@@ -125,27 +139,16 @@ class Pipeline:
             found[one.name] = one
         return found
 
-    def _external(self, entry: Any) -> ExternalEntry:
-        if isinstance(entry, ExternalEntry):
-            external = entry
-        else:
-            path = _path(entry)
-            if path is None:
-                fix = 'give an agent without inputs, mao.ExternalEntry(key, contract=Model), or an asset key: "a/b", ["a", "b"], AssetKey'
-                self._wrong(f"{entry!r} is neither an agent nor an asset key", None, "entry", fix)
-            external = ExternalEntry(path, self._agreed(path))
-        if not NAME.fullmatch(external.name):
-            self._wrong(
-                f"{external.name!r} is no name that a parameter can have", None, "entry", "mao.ExternalEntry(key, contract=Model, name=...)"
-            )
-        if external.name in self._declared:
-            fix = "give the agent another name=, or mao.ExternalEntry(key, contract=Model, name=...)"
-            self._wrong(f"the entry and an agent are both named {external.name!r}", external.name, "name", fix)
-        return external
+    def _external(self, key: Any, agents: Sequence[Agent]) -> ExternalEntry:
+        path = _path(key)
+        if path is None:
+            fix = 'give an agent without inputs, mao.ExternalEntry(key, contract=Model), or an asset key: "a/b", ["a", "b"], AssetKey'
+            self._wrong(f"{key!r} is neither an agent nor an asset key", None, "entry", fix)
+        return ExternalEntry(path, self._agreed(path, agents))
 
-    def _agreed(self, path: tuple[str, ...]) -> Contract[Any]:
+    def _agreed(self, path: tuple[str, ...], agents: Sequence[Agent]) -> Contract[Any]:
         fix = f"say it: entry=mao.ExternalEntry({'/'.join(path)!r}, contract=Model)"
-        readers = [(a, i) for a in self._declared.values() for i in a.inputs if i.upstream == path[-1]]
+        readers = [(a, i) for a in agents for i in a.inputs if i.upstream == path[-1]]
         if not readers:
             self._wrong(f"no agent reads the entry {path[-1]!r}", None, "entry", f"name a parameter {path[-1]!r}, or map one to it by ins=")
         (_, first), *others = readers
@@ -158,8 +161,8 @@ class Pipeline:
         return first.contract
 
     def _check_sources(self) -> None:
-        names = {*self._declared, self.entry_name}
-        if isinstance(self.entry, Agent) and not self.entry.is_entry:
+        names = set(self._declared)
+        if not self.entry.is_entry:
             reads = self.entry.inputs[0]
             fix = "give an agent without inputs; agents that read others go to agents="
             self._wrong(f"the entry {self.entry_name!r} reads {reads.upstream!r}", self.entry_name, reads.parameter, fix)
@@ -181,7 +184,7 @@ class Pipeline:
     def _sorted(self) -> list[str]:
         done: list[str] = []
         waiting = list(self._declared)
-        reads = {name: {i.upstream for i in one.inputs} - {self.entry_name} for name, one in self._declared.items()}
+        reads = {name: {i.upstream for i in one.inputs} for name, one in self._declared.items()}
         while waiting:
             ready = next((name for name in waiting if reads[name] <= set(done)), None)
             if ready is None:
@@ -202,10 +205,10 @@ class Pipeline:
 
     def _check_contracts(self, reader: Agent) -> None:
         for read in reader.inputs:
-            producer = self.contract_of(read.upstream)
+            producer = self._declared[read.upstream].output
             for difference in compare(producer.describe(), read.contract.describe()):
                 if difference.kind == "contradiction":
-                    what = f"agent {reader.name!r} cannot read {read.upstream!r} as {read.contract.name}: {difference.field}: {difference.detail}"
+                    what = f"agent {reader.name!r} cannot read {read.upstream!r} as {read.contract.name}: {difference.detail}"
                     fix = f"change {difference.field!r} in {read.contract.name}, or in {producer.name}, which {read.upstream!r} promises"
                     self._wrong(what, reader.name, difference.field, fix)
             if producer.key != read.contract.key:
