@@ -1,0 +1,21 @@
+"""Contracts: plain pydantic models, compiled into column types and vectorised rules. No Dagster, no Delta in this room."""
+
+from dagster_mao.contract._columns import Column, columns
+from dagster_mao.contract._compare import Difference, compare
+from dagster_mao.contract._contract import Contract
+from dagster_mao.contract._markers import DataFrame, Key, LazyFrame, Personal
+from dagster_mao.contract._verdict import RuleFailure, Verdict
+
+__all__ = [
+    "Column",
+    "Contract",
+    "DataFrame",
+    "Difference",
+    "Key",
+    "LazyFrame",
+    "Personal",
+    "RuleFailure",
+    "Verdict",
+    "columns",
+    "compare",
+]

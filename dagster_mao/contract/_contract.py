@@ -1,0 +1,285 @@
+"""A contract: a pydantic model, compiled once into the column types and the rules that a batch of its records keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import polars as pl
+from pydantic import BaseModel, ValidationError
+from pydantic_core import SchemaValidator
+
+from dagster_mao.contract._check import Judge, check, conformed, schema_failures
+from dagster_mao.contract._markers import Key
+from dagster_mao.contract._rules import Rule, rules_of
+from dagster_mao.contract._types import Field, Type, definitions_of, encoded, fields_of, has_model_validators
+from dagster_mao.contract._verdict import Verdict, plain
+from dagster_mao.errors import ContractDefinitionError, InvalidRecordsError
+
+M = TypeVar("M", bound=BaseModel)
+CHUNK = 10_000  # records turned into columns at a time
+
+_contracts: dict[type[BaseModel], Contract[Any]] = {}
+
+
+class Contract(Generic[M]):
+    """What both sides of a boundary hold a batch to. Make one with `Contract.of(Model)`.
+
+    Attributes: the pydantic `model`; its `name`; its `version` (the model's `__contract_version__`, "1" if it has none); `key`, the field
+    marked `mao.Key`, or None; `personal`, the fields marked `mao.Personal`; `schema`, the exact column types, in field order; `fields`, the
+    same as a tree with the constraints.
+    """
+
+    def __init__(self, model: type[M]) -> None:
+        if not (isinstance(model, type) and issubclass(model, BaseModel) and model is not BaseModel):
+            raise ContractDefinitionError(f"{model!r} is no contract", fix="annotate with a pydantic BaseModel of your own")
+        model.model_rebuild()
+        self.model = model
+        self.name = model.__name__
+        self.version = getattr(model, "__contract_version__", "1")
+        if not isinstance(self.version, str):
+            raise ContractDefinitionError(f"contract {self.name}: its version is no text", fix='write __contract_version__ = "2"')
+        self.fields = fields_of(model)
+        self.key = self._key()
+        self.personal = frozenset(f.name for f in self.fields if f.personal)
+        self.schema = pl.Schema({f.name: f.type.dtype for f in self.fields})
+        self.judges = tuple(_judges(model, self.fields))
+        judged = {column for judge in self.judges for column in judge.columns}
+        self.rules: tuple[Rule, ...] = tuple(rule for f in self.fields for rule in rules_of(f, decided=f.name not in judged))
+
+    @classmethod
+    def of(cls, model: type[M]) -> Contract[M]:
+        """The contract of a model; the same object for the same model.
+
+        Raises ContractDefinitionError, naming field and fix: two keys, a key that is not str or int, a type that no Delta column can hold,
+        constraints that admit nothing.
+        """
+        if model not in _contracts:
+            _contracts[model] = cls(model)
+        return _contracts[model]
+
+    def __repr__(self) -> str:
+        return f"Contract({self.name}, version {self.version!r}, {len(self.fields)} fields)"
+
+    def __reduce__(self) -> Any:
+        return (Contract.of, (self.model,))
+
+    def field(self, name: str) -> Field:
+        """The field of that name. Raises KeyError."""
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Field]:
+        return {f.name: f for f in self.fields}
+
+    def _key(self) -> str | None:
+        keys = [name for name, info in self.model.model_fields.items() if Key in info.metadata]
+        if len(keys) > 1:
+            raise ContractDefinitionError(
+                f"contract {self.name}: two keys, {keys[0]!r} and {keys[1]!r}", field=keys[1], fix="mark one field with mao.Key"
+            )
+        for name in keys:
+            kind = next(f.type for f in self.fields if f.name == name)
+            if kind.name not in {"str", "int"} or kind.nullable:
+                what = "optional" if kind.nullable else f"of type {kind.name}"
+                raise ContractDefinitionError(
+                    f"contract {self.name}: its key is {what}", field=name, fix="make the key a str or an int, always present"
+                )
+        return keys[0] if keys else None
+
+    # --- what it says ------------------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """The contract as JSON-able data: name, version, key, fields with their types and constraints, and whether validators judge too."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "key": self.key,
+            "fields": [_describe_field(f) for f in self.fields],
+            "validators": bool(self.judges),
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 (hex) over what the contract demands. Descriptions and docstrings are no part of it; Python and pydantic releases neither."""
+        canonical = json.dumps(_without_descriptions(self.describe()), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    # --- what it does ------------------------------------------------------------------------------------------------------------------
+
+    def check(self, frame: pl.LazyFrame | pl.DataFrame, *, samples: int = 5, exact: bool = False) -> Verdict:
+        """Judge a batch: columns, every rule, the key's uniqueness. Up to `samples` records are shown per broken rule.
+
+        The verdict on a row is pydantic's verdict on the record. A column has the declared type exactly, or holds nothing but nulls in a field that
+        may be null. `exact` refuses columns that the contract does not have. A batch that passes is read once, streaming, so that it may be
+        larger than memory; with validators that only pydantic can run, once more, in chunks.
+        """
+        return check(self, frame, samples, exact)
+
+    def select(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+        """The contract's own columns, in its order. Raises InvalidRecordsError when one is missing or of another type."""
+        present = frame.collect_schema()
+        if wrong := schema_failures(self, present, exact=False):
+            raise InvalidRecordsError(
+                f"contract {self.name}: {wrong[0][0]}", field=wrong[0][1], fix="bring the columns that the contract declares"
+            )
+        return conformed(frame, present, self.schema).select(self.schema.names())
+
+    def to_frame(self, records: Iterable[M | Mapping[str, Any]]) -> pl.DataFrame:
+        """Records as columns of the exact schema. Mappings are validated by pydantic on the way; models are taken as they are, for `check` to judge.
+
+        Raises InvalidRecordsError naming position and field (never the value) of a record that pydantic refuses or that a column cannot hold.
+        """
+        frames, position, rest = [], 0, iter(records)
+        while chunk := list(itertools.islice(rest, CHUNK)):
+            frames.append(self._chunk(chunk, position))
+            position += len(chunk)
+        return pl.concat(frames, rechunk=True) if frames else pl.DataFrame(schema=self.schema)
+
+    def _chunk(self, chunk: list[M | Mapping[str, Any]], start: int) -> pl.DataFrame:
+        models = [r if isinstance(r, self.model) else self._validated(r, start + i) for i, r in enumerate(chunk)]
+        return pl.DataFrame({f.name: self._column(f, models, start) for f in self.fields}, schema=self.schema)
+
+    def _validated(self, record: Any, position: int) -> M:
+        if isinstance(record, BaseModel) or not isinstance(record, Mapping):
+            raise InvalidRecordsError(
+                f"record {position} is a {type(record).__name__}, not a {self.name}", fix=f"hand in {self.name} models or dicts"
+            )
+        try:
+            return self.model.model_validate(dict(record), by_name=True, by_alias=True)
+        except ValidationError as refused:
+            raise _refused(position, self.name, refused) from None
+
+    def _column(self, field: Field, models: list[M], start: int) -> pl.Series:
+        values = [getattr(m, field.name, None) for m in models]
+        if not {type(v) for v in values} <= getattr(field.type.encode, "plain", frozenset()) | {type(None)}:
+            for i, value in enumerate(values):
+                try:
+                    values[i] = encoded(value, field.type)
+                except (TypeError, ValueError, RecursionError) as error:
+                    raise self._unfit(field, start + i, str(error)) from None
+        try:
+            return pl.Series(field.name, values, dtype=field.type.dtype, strict=True)
+        except Exception:
+            # Text that is no UTF-8 (a lone surrogate), say. Its message would show the value.
+            i = next((i for i, v in enumerate(values) if not _holds(v, field.type)), 0)
+            raise self._unfit(field, start + i, f"does not fit the column type {field.type.dtype}") from None
+
+    def _unfit(self, field: Field, position: int, why: str) -> InvalidRecordsError:
+        return InvalidRecordsError(
+            f"record {position} is no {self.name}: its {field.name} {why}", field=field.name, fix="correct the record, or the model"
+        )
+
+    def from_frame(self, frame: pl.DataFrame) -> Iterator[M]:
+        """The rows as validated models, one by one. Raises InvalidRecordsError: wrong columns, or the position and field of a row that pydantic refuses."""
+        rows = self.select(frame.lazy()).collect()
+        validate = _validator(self.model)
+        for position, row in enumerate(rows.iter_rows(named=True)):
+            try:
+                model = validate(row)
+            except ValidationError as refused:
+                raise _refused(position, self.name, refused) from None
+            yield model
+
+
+def _holds(value: Any, node: Type) -> bool:
+    try:
+        pl.Series([value], dtype=node.dtype, strict=True)
+    except Exception:
+        return False
+    return True
+
+
+def _refused(position: int, name: str, refused: ValidationError) -> InvalidRecordsError:
+    error = refused.errors(include_input=False, include_context=False, include_url=False)[0]
+    where = ".".join(str(step) for step in error["loc"])
+    return InvalidRecordsError(
+        f"record {position} is no {name}: {error['type']}", field=where or None, fix="correct the record, or the model"
+    )
+
+
+# --- pydantic as the judge -------------------------------------------------------------------------------------------------------------
+
+
+def _validator(model: type[M]) -> Any:
+    # The column types were compared exactly, so lax mode converts nothing but representations: the text of a UUID, the value of an Enum. Columns are
+    # named by fields, whatever the aliases.
+    core = model.__pydantic_validator__
+    return lambda row: core.validate_python(row, strict=False, by_name=True, by_alias=False)
+
+
+def _judges(model: type[BaseModel], fields: tuple[Field, ...]) -> Iterator[Judge]:
+    """Who decides what polars cannot: nobody, one judge for each such field, or one for the whole record where fields depend on each other."""
+    core: Any = model.__pydantic_core_schema__
+    definitions = definitions_of(core)
+    while core["type"] in {"definitions", "definition-ref"}:
+        core = core["schema"] if core["type"] == "definitions" else definitions[core["schema_ref"]]
+    whole = core["type"] != "model" or has_model_validators(core)
+    if whole or any(_needs_siblings(f["schema"], definitions) for f in core["schema"]["fields"].values()):
+        yield Judge(None, tuple(f.name for f in fields), _validator(model))
+        return
+    for field in fields:
+        if not field.type.decided:
+            schema: Any = core["schema"]["fields"][field.name]["schema"]
+            if definitions:
+                schema = {"type": "definitions", "schema": schema, "definitions": list(definitions.values())}
+            validator = SchemaValidator(schema, core.get("config"))
+            yield Judge(field.name, (field.name,), _field_validator(validator))
+
+
+def _field_validator(validator: SchemaValidator) -> Any:
+    return lambda value: validator.validate_python(value, strict=False, by_name=True, by_alias=False)
+
+
+def _needs_siblings(schema: Any, definitions: Mapping[str, Any]) -> bool:
+    """Whether a validator in this field takes `info`, and so may look at the fields before it. A nested model has its own."""
+    if isinstance(schema, list):
+        return any(_needs_siblings(s, definitions) for s in schema)
+    if not isinstance(schema, dict) or schema.get("type") == "model":
+        return False
+    if schema.get("type") == "definition-ref":
+        return _needs_siblings(definitions[schema["schema_ref"]], definitions)
+    if str(schema.get("type", "")).startswith("function-") and schema["function"]["type"] == "with-info":
+        return True
+    return any(_needs_siblings(value, definitions) for key, value in schema.items() if key not in {"metadata", "serialization", "function"})
+
+
+# --- describing ------------------------------------------------------------------------------------------------------------------------
+
+
+def _describe_field(field: Field) -> dict[str, Any]:
+    described = {"name": field.name, **_describe(field.type), "personal": field.personal}
+    return described if field.description is None else {**described, "description": field.description}
+
+
+def _describe(node: Type) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "type": node.name,
+        "dtype": str(node.dtype),
+        "nullable": node.nullable,
+        "constraints": {name: _canonical(value, node) for name, value in node.constraints.items()},
+        "validators": not node.exact,
+    }
+    if node.fields:
+        described["fields"] = [_describe_field(f) for f in node.fields]
+    if node.item is not None:
+        described["items"] = _describe(node.item)
+    return described
+
+
+def _canonical(value: Any, node: Type) -> Any:
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if node.name == "float" and not isinstance(value, bool):
+        value = float(value)
+    return plain(value)
+
+
+def _without_descriptions(described: Any) -> Any:
+    if isinstance(described, dict):
+        return {k: _without_descriptions(v) for k, v in described.items() if k != "description"}
+    return [_without_descriptions(v) for v in described] if isinstance(described, list) else described
