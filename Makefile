@@ -1,0 +1,40 @@
+# What a newcomer needs: Python 3.10-3.13 and make. `make demo PYTHON=python3.12` picks another Python.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo ui test check race bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+
+demo: .venv/.installed ## install, then decide 1 000 real loan applications
+	@$(BIN)/python -m tools.demo
+
+ui: .venv/.installed ## Dagster's UI with the demo's history, until Ctrl-C (make ui PORT=3001 for another port)
+	@exec $(BIN)/python -m tools.ui $(if $(PORT),--port $(PORT))
+
+test: .venv/.installed-dev ## the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.installed-dev ## lint, types, import rules and tests: what .ci/run runs
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest $(ARGS)
+
+race: .venv/.installed ## the cached-score race: about 20 % wrong risk ratings with a shared cache, none with pinned versions
+	@$(BIN)/python -m benchmarks.race $(ARGS)
+
+bench: .venv/.installed ## five agents at 1, 1 000, 100 000 and 1 000 000 records against plain Parquet
+	@$(BIN)/python -m benchmarks.pipeline $(ARGS)
+
+clean: ## remove the demo's state and history (the installation stays)
+	rm -rf .mao
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) tools/install.py
+
+.venv/.installed-dev: pyproject.toml
+	@$(PYTHON) tools/install.py dev

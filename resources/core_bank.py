@@ -1,0 +1,69 @@
+"""The bank that the credit agents act on: small, but its ledger shows every effect that is missing or that was asked for twice."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import dagster as dg
+
+SCHEMA = """
+PRAGMA journal_mode = WAL;
+CREATE TABLE IF NOT EXISTS ledger (
+    entry INTEGER PRIMARY KEY, posted_at TEXT NOT NULL, key TEXT NOT NULL, kind TEXT NOT NULL,
+    application_id TEXT NOT NULL, amount INTEGER NOT NULL, took_effect INTEGER NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS one_effect_per_key ON ledger (key) WHERE took_effect;
+CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON ledger BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON ledger BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+"""
+
+
+class CoreBank(dg.ConfigurableResource):
+    """A core bank in one SQLite file. Amounts are DM.
+
+    Everything asked of it is posted to the ledger under an idempotency key. The first posting under a key takes effect; a repeat is
+    written down and takes none.
+    """
+
+    path: str
+
+    def post(self, key: str, kind: str, application_id: str, amount: int = 0) -> bool:
+        """Asks for an effect (`inquiry`, `reservation`, `offer`), and says whether this posting is the one that took effect.
+
+        Raises: ValueError when the key was used for something else before; doing nothing in silence would leave the wrong amount reserved.
+        """
+        with self._ledger() as ledger:
+            first = ledger.execute("SELECT kind, application_id, amount FROM ledger WHERE key = ? AND took_effect", (key,)).fetchone()
+            if first not in (None, (kind, application_id, amount)):
+                raise ValueError(f"the key {key!r} stands for {first}, not for {(kind, application_id, amount)}")
+            ledger.execute(
+                "INSERT INTO ledger (posted_at, key, kind, application_id, amount, took_effect) VALUES (?, ?, ?, ?, ?, ?)",
+                (datetime.now(timezone.utc).isoformat(), key, kind, application_id, amount, first is None),
+            )
+        return first is None
+
+    def totals(self) -> list[tuple[str, int, int, int]]:
+        """For each kind of effect: kind, how many took effect, their amount, and how many repeats took none."""
+        with self._ledger() as ledger:
+            return ledger.execute(
+                "SELECT kind, sum(took_effect), sum(amount * took_effect), sum(NOT took_effect) FROM ledger"
+                " GROUP BY kind ORDER BY min(entry)"
+            ).fetchall()
+
+    @contextmanager
+    def _ledger(self) -> Iterator[sqlite3.Connection]:
+        """One transaction that has the write lock from its start, so that two writers cannot both believe to be the first."""
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        try:
+            connection.executescript(SCHEMA)
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        finally:
+            connection.close()

@@ -1,0 +1,61 @@
+"""Files as they come in from elsewhere: what is wrong with them must reach the entry's check, or be said in one sentence."""
+
+import polars as pl
+import pytest
+
+import dagster_mao as mao
+from assets.contracts import PROTECTED, Application
+from resources.applications import OUTCOME, ApplicationsFile
+
+SHIPPED = "data/german_credit.csv"
+
+
+def test_the_shipped_file_keeps_the_contract_and_hides_its_outcome():
+    frame = ApplicationsFile(path=SHIPPED).read()
+    assert mao.Contract.of(Application).check(frame).passed
+    assert frame.height == 1000
+    assert OUTCOME not in frame.columns
+    assert set(PROTECTED) <= set(frame.columns)
+    assert frame["application_id"][[0, 999]].to_list() == ["app-0001", "app-1000"]
+
+
+def test_known_outcomes_belong_to_the_same_ids():
+    outcomes = ApplicationsFile(path=SHIPPED).outcomes()
+    assert outcomes.group_by("outcome").len().sort("outcome").rows() == [("bad", 300), ("good", 700)]
+
+
+def test_each_day_has_its_file_where_the_path_says_so(tmp_path):
+    (tmp_path / "2026-01-02.csv").write_text("application_id,credit_amount\nb7,100\n")
+    file = ApplicationsFile(path=str(tmp_path / "{day}.csv"))
+    assert file.read(day="2026-01-02")["application_id"].to_list() == ["b7"]
+    with pytest.raises(mao.InvalidRecordsError, match=r"2026-01-03\.csv"):
+        file.read(day="2026-01-03")
+
+
+def test_an_empty_file_is_no_batch(tmp_path):
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(mao.InvalidRecordsError, match="header"):
+        ApplicationsFile(path=str(tmp_path / "empty.csv")).read()
+
+
+def test_a_day_without_applications_is_an_empty_batch(tmp_path):
+    (tmp_path / "quiet.csv").write_text(pl.read_csv(SHIPPED).clear().write_csv())
+    frame = ApplicationsFile(path=str(tmp_path / "quiet.csv")).read()
+    assert frame.height == 0
+    assert mao.Contract.of(Application).check(frame).passed
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda frame: frame.drop("credit_amount"), "credit_amount"),
+        (lambda frame: frame.with_columns(pl.col("credit_amount").cast(pl.String).replace("1169", "a lot")), "credit_amount"),
+        (lambda frame: frame.with_columns(pl.col("duration_in_month") * 0), "duration_in_month"),
+        (lambda frame: frame.with_columns(application_id=pl.lit("twice")), "application_id"),
+    ],
+    ids=["missing column", "text in a number column", "bound broken", "duplicate keys"],
+)
+def test_a_spoilt_file_is_refused_by_the_contract_with_the_field_named(tmp_path, spoil, reason):
+    spoil(pl.read_csv(SHIPPED)).write_csv(tmp_path / "spoilt.csv")
+    verdict = mao.Contract.of(Application).check(ApplicationsFile(path=str(tmp_path / "spoilt.csv")).read())
+    assert {failure.field for failure in verdict.failures} == {reason}

@@ -1,0 +1,119 @@
+"""`make demo`: the credit pipeline over 1 000 real applications, on a Dagster instance that remembers; then what came of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tools.home import ROOT, dagster_home
+
+DAY = "2026-01-01"
+console = Console(highlight=False)
+
+
+def main() -> int:
+    started = time.monotonic()
+    home = dagster_home()
+    with one_at_a_time(home.parent / "demo.lock"):
+        with console.status("Loading Dagster and the pipeline"):
+            import dagster as dg
+
+            from definitions import defs
+        with dg.DagsterInstance.get() as instance:
+            succeeded = decide(instance, defs)
+        if succeeded:
+            report(home, defs)
+    console.print(f"{time.monotonic() - started:.0f} s in all." if succeeded else "The run failed: see above, or `make ui`.")
+    return 0 if succeeded else 1
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Two demos at once would seal the same workflow, and one of them would be refused as stale: the second waits for the first."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print("Another demo is running; waiting for it to end.")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def decide(instance: Any, defs: Any) -> bool:
+    """Runs everything for one day, as Materialize all does in the UI, and shows which step it is at."""
+    import dagster as dg
+
+    job = defs.resolve_implicit_global_asset_job_def()
+    run_id = str(uuid.uuid4())
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        steps = progress.add_task(f"Deciding the applications of {DAY}", total=len(job.graph.node_dict))
+
+        def on_event(entry: Any) -> None:
+            event = entry.dagster_event
+            if event is not None and event.event_type == dg.DagsterEventType.STEP_START:
+                progress.update(steps, description=event.step_key.removeprefix("credit__"))
+            elif event is not None and event.event_type == dg.DagsterEventType.STEP_SUCCESS:
+                progress.advance(steps)
+
+        instance.add_event_listener(run_id, on_event)
+        quiet = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
+        return bool(job.execute_in_process(quiet, instance=instance, partition_key=DAY, run_id=run_id, raise_on_error=False).success)
+
+
+def report(home: Path, defs: Any) -> None:
+    """The decisions by outcome, the versions this and earlier runs sealed, and where everything lies."""
+    from assets.fairness import against_outcomes, scores
+    from definitions import STATE
+
+    resources = defs.resources
+    store, bank, file = resources["state_store"].store(), resources["core_bank"], resources["applications_file"]
+    seals = store.seals(f"credit/{DAY}")
+    newest = {seal.agent: seal for seal in seals}
+
+    table = against_outcomes(store.read(newest["approval"]), file.outcomes(DAY))
+    console.print(
+        as_table("Decisions and what became of the applicants", ["decision", "paid back", "did not", "applications"], table.rows())
+    )
+    figures = scores(table)
+    console.print(
+        f"Decided without a person: {figures['automatic_share']:.0%}, of these right: {figures['accuracy']:.0%}. "
+        f"Not paid back: {figures['bad_rate']:.0%} of the approved, {table['bad'].sum() / table['applications'].sum():.0%} of all."
+    )
+    rows = [(seal.version, seal.agent, seal.row_count, seal.digest[:12], f"{seal.latency_seconds:.2f}") for seal in newest.values()]
+    title = f"Versions of credit/{DAY} sealed by this run, of {len(seals)} in all"
+    console.print(as_table(title, ["version", "agent", "rows", "sha256", "seconds"], sorted(rows)))
+    console.print(as_table("Effects in the core bank", ["effect", "took effect", "DM", "asked for again"], bank.totals()))
+    console.print(f"State:   {shown(STATE)}\nHistory: {shown(home)}\nBank:    {shown(bank.path)}\n")
+    console.print("Next:  make ui                                  the same in Dagster's UI, http://localhost:3000")
+    console.print(f"       .venv/bin/dagster-mao history credit/{DAY}")
+    console.print(f"       .venv/bin/dagster-mao show credit/{DAY} --record app-0001")
+    console.print("       .venv/bin/dagster-mao verify              every digest, recomputed\n")
+
+
+def as_table(title: str, columns: list[str], rows: Any) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(f"{cell:,}".replace(",", " ") if isinstance(cell, int) else str(cell) for cell in row))
+    return table
+
+
+def shown(path: str | Path) -> str:
+    """Relative to the project where that is shorter."""
+    return os.path.relpath(path, ROOT) if Path(path).is_relative_to(ROOT) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
