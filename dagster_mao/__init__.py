@@ -1,0 +1,82 @@
+"""Multi-agent pipelines on Dagster: agents as assets, outputs as sealed, versioned Delta snapshots, contracts as asset checks.
+
+What a user writes is here: contracts are pydantic models whose fields carry `Key` and `Personal`, agents are made by `agent` or `Agent`,
+a `Pipeline` wires them, `run` runs one without Dagster. The names of the Dagster side are imported when first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from dagster_mao.agent import Agent, AgentContext, agent
+from dagster_mao.contract import DataFrame, Key, LazyFrame, Personal
+from dagster_mao.errors import (
+    AgentCallError,
+    AgentFailedError,
+    BatchRefusedError,
+    ContractDefinitionError,
+    FencedError,
+    IncompatibleContractError,
+    InvalidRecordsError,
+    MaoError,
+    PinError,
+    StaleStateError,
+    StoreError,
+    TamperedError,
+    UnknownVersionError,
+    WiringError,
+)
+from dagster_mao.pipeline import ExternalEntry, Pipeline
+from dagster_mao.run import Result, run
+from dagster_mao.state import Seal, StateStore
+
+if TYPE_CHECKING:
+    from dagster_mao.dagster import AgentTranslator, StateIOManager, StateStoreResource, build_asset, build_definitions
+
+__all__ = [
+    "Agent",
+    "AgentCallError",
+    "AgentContext",
+    "AgentFailedError",
+    "AgentTranslator",
+    "BatchRefusedError",
+    "ContractDefinitionError",
+    "DataFrame",
+    "ExternalEntry",
+    "FencedError",
+    "IncompatibleContractError",
+    "InvalidRecordsError",
+    "Key",
+    "LazyFrame",
+    "MaoError",
+    "Personal",
+    "PinError",
+    "Pipeline",
+    "Result",
+    "Seal",
+    "StaleStateError",
+    "StateIOManager",
+    "StateStore",
+    "StateStoreResource",
+    "StoreError",
+    "TamperedError",
+    "UnknownVersionError",
+    "WiringError",
+    "agent",
+    "build_asset",
+    "build_definitions",
+    "run",
+]
+
+_DAGSTER_SIDE = frozenset({"AgentTranslator", "StateIOManager", "StateStoreResource", "build_asset", "build_definitions"})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DAGSTER_SIDE:
+        raise AttributeError(f"module 'dagster_mao' has no attribute {name!r}")
+    # Importing Dagster takes seconds, which a notebook or a test of agents need not pay.
+    from dagster_mao import dagster
+
+    return getattr(dagster, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -57,9 +57,10 @@ class Pipeline:
     `entry` is an agent without inputs, an `ExternalEntry`, or the key of an existing asset ("a/b", ["a", "b"], an AssetKey), whose contract
     is then what its readers agree on. `agents` may be agents or classes, in any order. `partitions_def`, `owners` and `tags` go to Dagster.
 
-    The entry is an agent in every case and comes first in `agents` and `order`, which are topological and otherwise as given. Raises WiringError naming
-    agent, field and fix: missing upstream, cycle, duplicate, unreachable agent, contracts that contradict, keys that cannot be joined, a
-    read that no parameter declares.
+    The entry is an agent in every case and comes first in `agents` and `order`, which are topological and otherwise as given.
+
+    Raises WiringError naming agent, field and fix: missing upstream, cycle, duplicate, unreachable agent, contracts that contradict, keys
+    that cannot be joined, a read that no parameter declares.
     """
 
     def __init__(
@@ -224,17 +225,17 @@ class Pipeline:
 
     def _check_keys(self, reader: Agent) -> None:
         # Without a key an upstream is a batch of one record, and is there for every record of the others.
-        keyed = [(i, i.contract.schema[i.contract.key]) for i in reader.inputs if i.contract.key is not None]
-        for (one, its), (other, others) in pairwise(keyed):
-            if its != others:
-                what = f"agent {reader.name!r} joins {one.upstream!r} by {one.contract.key!r} ({its}) with {other.upstream!r} by "
-                what += f"{other.contract.key!r} ({others})"
-                self._wrong(what, reader.name, other.contract.key, "give both keys the same type")
-        if keyed and reader.output.key == keyed[0][0].contract.key:
-            promised = reader.output.schema[reader.output.key]
-            if promised != keyed[0][1]:
-                what = f"agent {reader.name!r} conserves {reader.output.key!r}, but returns it as {promised} and reads it as {keyed[0][1]}"
-                self._wrong(what, reader.name, reader.output.key, "give it the same type on both sides")
+        keyed = [(i.upstream, key, i.contract.schema[key]) for i in reader.inputs if (key := i.contract.key) is not None]
+        for (one, its_key, its_type), (other, key, dtype) in pairwise(keyed):
+            if its_type != dtype:
+                what = f"agent {reader.name!r} joins {one!r} by {its_key!r} ({its_type}) with {other!r} by {key!r} ({dtype})"
+                self._wrong(what, reader.name, key, "give both keys the same type")
+        returned = reader.output.key
+        for upstream, key, dtype in keyed:
+            # The same key on both sides promises that records are conserved, which is compared value by value.
+            if key == returned and dtype != reader.output.schema[key]:
+                what = f"agent {reader.name!r} reads {key!r} of {upstream!r} as {dtype} and returns it as {reader.output.schema[key]}"
+                self._wrong(what, reader.name, key, "give it the same type on both sides, or the returned key another name")
 
     def _wrong(self, what: str, agent: str | None, field: str | None, fix: str) -> NoReturn:
         raise WiringError(f"Pipeline {self.name!r}: {what}", agent=agent, field=field, fix=fix)

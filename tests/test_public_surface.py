@@ -1,0 +1,84 @@
+"""The public surface, spelled out: whoever changes it changes this test, and knows that users will notice."""
+
+import subprocess
+import sys
+
+import pytest
+
+import dagster_mao as mao
+from dagster_mao import errors
+
+EAGER = {
+    "Agent",
+    "AgentContext",
+    "DataFrame",
+    "ExternalEntry",
+    "Key",
+    "LazyFrame",
+    "Personal",
+    "Pipeline",
+    "Result",
+    "Seal",
+    "StateStore",
+    "agent",
+    "run",
+}
+ERRORS = {
+    "AgentCallError",
+    "AgentFailedError",
+    "BatchRefusedError",
+    "ContractDefinitionError",
+    "FencedError",
+    "IncompatibleContractError",
+    "InvalidRecordsError",
+    "MaoError",
+    "PinError",
+    "StaleStateError",
+    "StoreError",
+    "TamperedError",
+    "UnknownVersionError",
+    "WiringError",
+}
+FROM_DAGSTER_SIDE = {"AgentTranslator", "StateIOManager", "StateStoreResource", "build_asset", "build_definitions"}
+
+
+def test_the_public_surface():
+    assert set(mao.__all__) == EAGER | ERRORS | FROM_DAGSTER_SIDE
+    assert list(mao.__all__) == sorted(mao.__all__)
+    assert set(mao.__all__) <= set(dir(mao))
+
+
+@pytest.mark.parametrize("name", sorted(EAGER | ERRORS))
+def test_every_name_is_there(name):
+    assert getattr(mao, name) is not None
+
+
+def test_every_error_is_public():
+    assert {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.MaoError)} == ERRORS
+
+
+def test_the_functions_are_not_hidden_by_the_modules_of_the_same_name():
+    """`dagster_mao.agent` and `dagster_mao.run` are modules too; importing them must not put them in the functions' place."""
+    code = (
+        "import dagster_mao as mao, dagster_mao.agent, dagster_mao.run, dagster_mao.pipeline; print(callable(mao.agent), callable(mao.run))"
+    )
+    assert _python(code) == "True True"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="Pipelin"):
+        _ = mao.Pipelin
+
+
+def test_importing_the_package_does_not_import_dagster():
+    code = "import sys, dagster_mao; print([name for name in ('dagster', 'dagster_mao.dagster', 'typer') if name in sys.modules])"
+    assert _python(code) == "[]"
+
+
+def test_the_dagster_side_is_one_attribute_away():
+    code = f"import dagster_mao as mao; print(all(getattr(mao, name) for name in {sorted(FROM_DAGSTER_SIDE)}))"
+    assert _python(code) == "True"
+
+
+def _python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
