@@ -12,8 +12,11 @@ from typing import Any
 class MaoError(Exception):
     """Base of all errors of this library.
 
-    Attributes: `what` happened, the `agent`, `workflow` and `field` it concerns (None where it concerns none), and the `fix`.
+    Attributes: `what` happened, the `agent`, `workflow` and `field` it concerns (None where it concerns none), the `fix`, and, when raised
+    from a boundary, the `checks` evaluated until then.
     """
+
+    checks: tuple[Any, ...] = ()
 
     def __init__(
         self,
@@ -56,11 +59,7 @@ class IncompatibleContractError(MaoError):
 
 
 class BatchRefusedError(MaoError):
-    """Records broke a contract; nothing was written. `checks` holds every check evaluated so far, the failed ones with their reasons."""
-
-    def __init__(self, what: str, *, checks: tuple[Any, ...] = (), **where: Any) -> None:
-        super().__init__(what, **where)
-        self.checks = checks
+    """Records broke a contract; nothing was written. `checks` says which, and why."""
 
 
 class InvalidRecordsError(MaoError):

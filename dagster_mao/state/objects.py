@@ -26,6 +26,7 @@ from obstore.store import LocalStore, from_url
 
 from dagster_mao.errors import StoreError, TamperedError
 
+_DECORATION = re.compile(r"\x1b\[[0-9;]*m|↳")  # delta-rs draws its chain of causes
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,79}")
 
 
@@ -196,7 +197,7 @@ def reaching(root: str) -> Iterator[None]:
     try:
         yield
     except (OSError, BaseError, DeltaError) as error:
-        text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        text = " ".join(_DECORATION.sub(" ", str(error)).split())[:400] or type(error).__name__
         raise StoreError(f"The state store at {root} failed: {text}", fix=_fix(error, text)) from error
 
 

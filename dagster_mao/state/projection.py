@@ -43,16 +43,16 @@ class Projection:
     def __init__(self, objects: Objects, table: str) -> None:
         self._objects, self.path, self.uri = objects, table, objects.url(table)
 
-    def open(self, *, files: bool = True) -> DeltaTable | None:
+    def open(self) -> DeltaTable | None:
         with reaching(self._objects.root):
             try:
-                return DeltaTable(self.uri, storage_options=self._objects.storage_options, without_files=not files)
+                return DeltaTable(self.uri, storage_options=self._objects.storage_options)
             except TableNotFoundError:
                 return None
 
     def admit(self, schema: pl.Schema, agent: str) -> None:
         """Raises `IncompatibleContractError` when rows of this schema cannot stand beside those already in the table."""
-        table = self.open(files=False)
+        table = self.open()
         if table is None:
             return
         held, wanted = _types(table.schema()), _types(_delta_schema(schema))
@@ -79,7 +79,7 @@ class Projection:
             logger.warning("the table %s is behind the state log: %s", self.path, error)
 
     def _try_add(self, seals: Sequence[Seal], schema: pl.Schema) -> bool:
-        table = self.open(files=False) or self._create(schema)
+        table = self.open() or self._create(schema)
         workflow = seals[-1].workflow_id
         done = table.transaction_version(workflow)
         missing = [seal for seal in seals if done is None or seal.version > done]
@@ -123,7 +123,7 @@ class Projection:
         new = [field for field in _delta_schema(schema).fields if field.name not in held]
         if new:
             table.alter.add_columns(new)
-            return DeltaTable(self.uri, storage_options=self._objects.storage_options, without_files=True)
+            return DeltaTable(self.uri, storage_options=self._objects.storage_options)
         return table
 
 

@@ -1,0 +1,70 @@
+"""Running a whole pipeline in plain Python: the same state, the same checks, no Dagster. For notebooks and tests."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import polars as pl
+from pydantic import BaseModel
+
+from dagster_mao.boundary import Check, run_agent
+from dagster_mao.errors import UnknownVersionError
+from dagster_mao.pipeline import Pipeline
+from dagster_mao.state import Seal, StateStore
+
+
+@dataclass(frozen=True)
+class Result:
+    """A completed attempt: its workflow, what each agent sealed, and every boundary check by agent. Rows are read, verified, on demand."""
+
+    pipeline: Pipeline
+    store: StateStore
+    workflow_id: str
+    seals: dict[str, Seal] = field(default_factory=dict)
+    checks: dict[str, tuple[Check, ...]] = field(default_factory=dict)
+
+    def __getitem__(self, agent: str) -> pl.DataFrame:
+        """The rows that the agent sealed. Raises `UnknownVersionError` for a name that the pipeline does not have."""
+        if agent not in self.seals:
+            there = ", ".join(self.seals)
+            raise UnknownVersionError("It sealed nothing in this run", agent=agent, workflow=self.workflow_id, fix=f"there are {there}")
+        return self.store.read(self.seals[agent]).collect()
+
+    def records(self, agent: str) -> list[BaseModel]:
+        """The rows that the agent sealed, as models of its output contract."""
+        return list(self.pipeline.node(agent).output.from_frame(self[agent]))
+
+
+def run(
+    pipeline: Pipeline,
+    records: Any = None,
+    *,
+    store: StateStore | None = None,
+    workflow: str | None = None,
+    resources: Mapping[str, Any] | None = None,
+    log: logging.Logger | None = None,
+) -> Result:
+    """Runs every agent of a pipeline, one after the other, as one attempt at a workflow.
+
+    `records` (models, dicts or a polars frame) stand in for the entry's own `execute`; `workflow` is the key of the workflow, a new one by
+    default; `resources` are the agents' keyword-only parameters by name. Without a `store`, the state goes to a new temporary folder, which
+    stays (`result.store.root`). Raises what `boundary.run_agent` raises, from the first agent that fails; what was sealed before it stays
+    sealed, and does not count in the effective state.
+    """
+    store = store or StateStore(tempfile.mkdtemp(prefix="dagster-mao-"))
+    run_id = uuid.uuid4().hex
+    seals: dict[str, Seal] = {}
+    checks: dict[str, tuple[Check, ...]] = {}
+    for name, agent in pipeline.agents.items():
+        attempt = store.open_attempt(
+            pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=pipeline.order, entry=pipeline.entry_name, workflow_key=workflow
+        )
+        given = records if name == pipeline.entry_name else None
+        outcome = run_agent(store, agent, attempt, resources=resources, partition_key=workflow, records=given, log=log)
+        seals[name], checks[name] = outcome.seal, outcome.checks
+    return Result(pipeline, store, attempt.workflow_id, seals, checks)
