@@ -5,15 +5,19 @@ import polars as pl
 from polars.exceptions import NoDataError
 
 import dagster_mao as mao
+from assets.contracts import Application
+from dagster_mao.contract import Contract
 
 OUTCOME = "creditability"
+SCHEMA = Contract.of(Application).schema
+TEXT = {name: dtype for name, dtype in SCHEMA.items() if dtype == pl.String}
 
 
 class ApplicationsFile(dg.ConfigurableResource):
     """A CSV file of loan applications, one for each day if the path says `{day}`.
 
-    Types are inferred from the whole file and never forced: what is not as the contract says is for the entry's check to refuse, with
-    its reasons. An application without an `application_id` gets one from its position.
+    Text is read as text and numbers are inferred from the whole file, never forced: what is not as the contract says is for the entry's
+    check to refuse, with its reasons. Without a column `application_id`, an application's id is its position.
     """
 
     path: str
@@ -32,17 +36,19 @@ class ApplicationsFile(dg.ConfigurableResource):
         """
         frame = self._read(day)
         if OUTCOME not in frame.columns:
-            raise mao.InvalidRecordsError(f"{self.path} does not say how its loans turned out", field=OUTCOME, fix="report on days that are known")
+            what = f"{self.path} does not say how its loans turned out"
+            raise mao.InvalidRecordsError(what, field=OUTCOME, fix="report on days whose outcomes are known")
         return frame.select("application_id", outcome=OUTCOME)
 
     def _read(self, day: str | None) -> pl.DataFrame:
         path = self.path.replace("{day}", day or "")
         try:
-            frame = pl.read_csv(path, infer_schema_length=None)
+            frame = pl.read_csv(path, schema_overrides=TEXT, infer_schema_length=None)
         except (OSError, NoDataError, pl.exceptions.ComputeError) as error:
-            raise mao.InvalidRecordsError(
-                f"no applications can be read from {path}: {error}", fix="hand in a CSV file with a header"
-            ) from error
+            what = f"No applications can be read from {path} ({type(error).__name__})"
+            raise mao.InvalidRecordsError(what, fix="hand in a CSV file with a header") from error
+        if frame.is_empty():  # a quiet day: nothing to infer a type from
+            frame = frame.cast({name: dtype for name, dtype in SCHEMA.items() if name in frame.columns})
         if "application_id" not in frame.columns:
             frame = frame.with_row_index("position", offset=1).select(
                 pl.format("app-{}", pl.col("position").cast(pl.String).str.zfill(4)).alias("application_id"), pl.exclude("position")

@@ -5,6 +5,7 @@ import pytest
 
 import dagster_mao as mao
 from assets.contracts import PROTECTED, Application
+from dagster_mao.contract import Contract
 from resources.applications import OUTCOME, ApplicationsFile
 
 SHIPPED = "data/german_credit.csv"
@@ -12,7 +13,7 @@ SHIPPED = "data/german_credit.csv"
 
 def test_the_shipped_file_keeps_the_contract_and_hides_its_outcome():
     frame = ApplicationsFile(path=SHIPPED).read()
-    assert mao.Contract.of(Application).check(frame).passed
+    assert Contract.of(Application).check(frame).passed
     assert frame.height == 1000
     assert OUTCOME not in frame.columns
     assert set(PROTECTED) <= set(frame.columns)
@@ -42,7 +43,7 @@ def test_a_day_without_applications_is_an_empty_batch(tmp_path):
     (tmp_path / "quiet.csv").write_text(pl.read_csv(SHIPPED).clear().write_csv())
     frame = ApplicationsFile(path=str(tmp_path / "quiet.csv")).read()
     assert frame.height == 0
-    assert mao.Contract.of(Application).check(frame).passed
+    assert Contract.of(Application).check(frame).passed
 
 
 @pytest.mark.parametrize(
@@ -57,5 +58,5 @@ def test_a_day_without_applications_is_an_empty_batch(tmp_path):
 )
 def test_a_spoilt_file_is_refused_by_the_contract_with_the_field_named(tmp_path, spoil, reason):
     spoil(pl.read_csv(SHIPPED)).write_csv(tmp_path / "spoilt.csv")
-    verdict = mao.Contract.of(Application).check(ApplicationsFile(path=str(tmp_path / "spoilt.csv")).read())
+    verdict = Contract.of(Application).check(ApplicationsFile(path=str(tmp_path / "spoilt.csv")).read())
     assert {failure.field for failure in verdict.failures} == {reason}

@@ -12,6 +12,7 @@ from assets.agents import SCORECARD, credit_score
 from assets.contracts import PROTECTED, Application, CreditFile
 from assets.fairness import against_outcomes, scores
 from assets.pipeline import credit
+from dagster_mao.contract import Contract
 from resources.applications import ApplicationsFile
 from resources.core_bank import CoreBank
 
@@ -54,7 +55,7 @@ def test_a_second_attempt_asks_again_and_nothing_takes_effect_twice(bank, tmp_pa
 def test_no_agent_is_handed_a_protected_attribute():
     read = {field for agent in credit.agents.values() for one in agent.inputs for field in one.contract.schema}
     assert not read & set(PROTECTED)
-    assert set(PROTECTED) < mao.Contract.of(Application).personal
+    assert set(PROTECTED) < Contract.of(Application).personal
 
 
 def test_another_sex_age_and_origin_change_no_decision(bank, tmp_path):
