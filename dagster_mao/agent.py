@@ -248,22 +248,33 @@ class Agent:
         Returns what it returned: a model, a frame, an iterable of models (entry), or an awaitable of that when `is_async`. Awaits nothing.
         AgentCallError when another agent is executing in this thread or task; WiringError for a resource that is not there.
         """
-        if missing := [name for name in self.resources if name not in resources]:
-            self._wrong(
-                f"it needs the resource {missing[0]!r}, which nobody provides", missing[0], f"pass {missing[0]!r} among the resources"
-            )
-        args = [*([ctx] if self.takes_context else []), *(values[i.parameter] for i in self.inputs)]
-        result = self(*args, **{name: resources[name] for name in self.resources})
-        if self.is_entry and self.output_shape is Shape.RECORD and not self._returned.many:
+        takes_context, parameters, names, alone = self._binding
+        try:
+            kwargs = {name: resources[name] for name in names}
+        except KeyError as missing:
+            name = missing.args[0]
+            self._wrong(f"it needs the resource {name!r}, which nobody provides", name, f"pass {name!r} among the resources")
+        args = [values[name] for name in parameters]
+        result = self.execute(ctx, *args, **kwargs) if takes_context else self.execute(*args, **kwargs)
+        if alone:
             return _awaited_alone(result) if self.is_async else [result]
         return result
 
-    def _invoke(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if inspect.iscoroutinefunction(function):
-            _refuse_nested(self)  # now, not only once it is awaited
+    @cached_property
+    def _binding(self) -> tuple[bool, tuple[str, ...], tuple[str, ...], bool]:
+        # Read once: `call` is made for every record.
+        alone = self.is_entry and self.output_shape is Shape.RECORD and not self._returned.many
+        return self.takes_context, tuple(i.parameter for i in self.inputs), self.resources, alone
+
+    def _invoke(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, is_async: bool) -> Any:
+        _refuse_nested(self)
+        if is_async:
             return _awaiting(self, function, args, kwargs)
-        with executing(self):
+        token = _executing.set(self)
+        try:
             result = function(*args, **kwargs)
+        finally:
+            _executing.reset(token)
         # A generator's body runs while it is read, which is after this returns.
         return _stepping(self, result) if isinstance(result, Iterator) else result
 
@@ -463,7 +474,7 @@ class FunctionAgent(Agent, Generic[P, R]):
 
     def execute(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """What the function returns. AgentCallError inside another agent's `execute`."""
-        return typing.cast(R, self._invoke(self._function, args, kwargs))
+        return typing.cast(R, self._invoke(self._function, args, kwargs, is_async=self.is_async))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.execute(*args, **kwargs)
@@ -567,7 +578,7 @@ def agent(
 
 
 @contextlib.contextmanager
-def executing(agent: Agent) -> Generator[None]:
+def _executing_as(agent: Agent) -> Generator[None]:
     """Mark `agent` as the one that executes in this thread or task; AgentCallError when another one already does.
 
     It reaches as far as context variables do: nested calls, asyncio tasks, `asyncio.to_thread`; not a thread that an agent starts itself.
@@ -593,15 +604,17 @@ def _refuse_nested(agent: Agent) -> None:
 
 
 def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    is_async = inspect.iscoroutinefunction(function)
+
     @functools.wraps(function)
     def execute(self: Agent, *args: Any, **kwargs: Any) -> Any:
-        return self._invoke(function.__get__(self), args, kwargs)
+        return self._invoke(function.__get__(self), args, kwargs, is_async=is_async)
 
     return execute
 
 
 async def _awaiting(agent: Agent, function: Callable[..., Coroutine[Any, Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with executing(agent):
+    with _executing_as(agent):
         return await function(*args, **kwargs)
 
 
@@ -612,7 +625,7 @@ async def _awaited_alone(record: Coroutine[Any, Any, Any]) -> list[Any]:
 def _stepping(agent: Agent, iterator: Iterator[Any]) -> Iterator[Any]:
     try:
         while True:
-            with executing(agent):
+            with _executing_as(agent):
                 try:
                     value = next(iterator)
                 except StopIteration:

@@ -3,7 +3,9 @@
 import asyncio
 import concurrent.futures
 import contextvars
+import dataclasses
 import datetime as dt
+import functools
 import importlib.util
 import multiprocessing
 import pickle
@@ -193,6 +195,33 @@ def test_annotations_are_read_with_and_without_postponed_evaluation(future, tmp_
     assert module.early.output.model is module.Later
     assert module.early.takes_context
     assert module.early.resources == ("bank",)
+
+
+def test_a_decorated_function_and_a_dataclass_are_agents_too():
+    def doubled(function):
+        @functools.wraps(function)
+        def twice(*args):
+            return function(*args).model_copy(update={"score": 2 * function(*args).score})
+
+        return twice
+
+    @agent
+    @doubled
+    def scorer(application: Application) -> Score:
+        return Score(application_id=application.application_id, score=3)
+
+    @dataclasses.dataclass(frozen=True)
+    class Limited(Agent):
+        limit: int
+
+        def execute(self, application: "Application") -> "Score":
+            return Score(application_id=application.application_id, score=self.limit)
+
+    assert [scorer.call(None, {"application": APPLICATION}, {}).score, scorer.output.model] == [6, Score]
+    limited = Limited(7)
+    limited.resolve()
+    assert limited.call(None, {"application": APPLICATION}, {}).score == 7
+    assert limited.agent_version == Limited(7).agent_version != Limited(8).agent_version
 
 
 # -- what is refused: agent, field and fix --------------------------------------------------------------------------------------------

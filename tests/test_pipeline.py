@@ -1,11 +1,14 @@
 """Pipelines: the graph is read from the agents, and whatever is wrong with it is said at load, with agent, field and fix (law 9)."""
 
+import inspect
 import itertools
 import subprocess
 import sys
 from typing import Annotated, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 import dagster_mao as mao
@@ -153,6 +156,55 @@ def test_an_upstream_without_a_key_is_there_for_every_record():
     def judged(credit_score: Score, policy: Policy) -> Risk: ...
 
     assert Pipeline("p", entry=application, agents=[judged, policy, credit_score]).order[-1] == "judged"
+
+
+def reading(name: str, upstreams: list[str]) -> Agent:
+    """An agent that reads what it is told to, of Score records all the way down."""
+
+    def execute(): ...
+
+    parameters = [inspect.Parameter(u, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Score) for u in upstreams]
+    execute.__signature__ = inspect.Signature(parameters, return_annotation=Score)
+    return agent(name=name)(execute)
+
+
+@st.composite
+def graphs(draw):
+    """Edges of an acyclic graph below the entry `n0`, and its agents' names in an order that says nothing."""
+    size = draw(st.integers(1, 7))
+    reads = {
+        f"n{n}": sorted(draw(st.sets(st.integers(0, n - 1).map(lambda m: f"n{m}"), min_size=1, max_size=3))) for n in range(1, size + 1)
+    }
+    return reads, draw(st.permutations(sorted(reads)))
+
+
+@agent(name="n0")
+def source() -> list[Score]: ...
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs())
+def test_every_agent_comes_after_all_that_it_reads(graph):
+    reads, names = graph
+    order = Pipeline("p", entry=source, agents=[reading(n, reads[n]) for n in names]).order
+    assert order[0] == "n0"
+    assert sorted(order[1:]) == sorted(names)
+    assert all(order.index(upstream) < order.index(name) for name in names for upstream in reads[name])
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs(), st.data())
+def test_every_cycle_is_named_by_edges_that_are_there(graph, data):
+    reads, names = graph
+    low = data.draw(st.sampled_from(names))
+    above = {low}  # low and all that descends from it: reading one of these closes a cycle
+    for name in sorted(reads):
+        if above.intersection(reads[name]):
+            above.add(name)
+    reads[low] = sorted({*reads[low], data.draw(st.sampled_from(sorted(above)))})
+    cycle = str(refused(*(reading(n, reads[n]) for n in names), entry=source)).split("cycle: ")[1].split(" [")[0].split(" -> ")
+    assert cycle[0] == cycle[-1]
+    assert all(upstream in reads[name] for upstream, name in itertools.pairwise(cycle))
 
 
 # -- what is wrong is said at load ----------------------------------------------------------------------------------------------------
