@@ -43,6 +43,8 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 # The resource through which the boundary writes: an agent that held it could read any state, pinned or not.
 RESERVED_RESOURCES = frozenset({"state_store"})
 
+_GUARDED = "__mao_guarded__"  # on the execute of a class: the function as it was written
+
 _executing: ContextVar[Agent | None] = ContextVar("dagster_mao_executing", default=None)
 
 
@@ -152,7 +154,8 @@ class Agent:
             cls.name = _snake_case(cls.__name__)
         if "description" not in own:
             cls.description = inspect.cleandoc(own.get("__doc__") or "") or None
-        if isinstance(execute := own.get("execute"), types.FunctionType):
+        execute = inspect.getattr_static(cls, "execute")  # a mixin's too
+        if isinstance(execute, types.FunctionType) and execute is not Agent.execute and not hasattr(execute, _GUARDED):
             cls._namespace = _locals_named_by(execute, sys._getframe(1))
             cls.execute = _guarded(execute)  # type: ignore[method-assign]
 
@@ -223,7 +226,7 @@ class Agent:
     def agent_version(self) -> str:
         """The declared `version`, else "sha256:" and 12 hex digits over the source of its modules, its `code_files` and its own settings.
 
-        Of the class form every class between it and Agent counts, and what its constructor set, so that `Approval(limit=2)` is not
+        Of the class form every base class counts, and what its constructor set, so that `Approval(limit=2)` is not
         `Approval(limit=1)`.
         """
         if self.version is not None:
@@ -285,7 +288,9 @@ class Agent:
         execute = type(self).execute
         if execute is Agent.execute:
             self._wrong("the class defines no `execute`", "execute", "define execute(self, upstream: Model) -> Model")
-        return typing.cast(Callable[..., Any], getattr(execute, "__wrapped__", execute))
+        if not hasattr(execute, _GUARDED):
+            self._wrong("its `execute` is no plain method", "execute", "define execute(self, upstream: Model) -> Model in the class")
+        return typing.cast(Callable[..., Any], getattr(execute, _GUARDED))
 
     @property
     def _signature(self) -> inspect.Signature:
@@ -430,7 +435,7 @@ class Agent:
     # -- what its version covers -----------------------------------------------------------------------------------------------------
 
     def _functions(self) -> list[types.FunctionType]:
-        classes = [cls for cls in type(self).__mro__ if issubclass(cls, Agent) and cls.__module__ != __name__]
+        classes = [cls for cls in type(self).__mro__ if cls.__module__ not in (__name__, "builtins", "abc", "typing")]
         found = (
             inspect.unwrap(value) for cls in classes for value in vars(cls).values() if callable(value) and not isinstance(value, type)
         )
@@ -610,6 +615,7 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     def execute(self: Agent, *args: Any, **kwargs: Any) -> Any:
         return self._invoke(function.__get__(self), args, kwargs, is_async=is_async)
 
+    setattr(execute, _GUARDED, function)
     return execute
 
 

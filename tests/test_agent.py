@@ -462,6 +462,29 @@ def test_super_execute_is_the_same_agent():
     assert Stricter().call(None, {"application": APPLICATION}, {}).score == 2
 
 
+def test_an_execute_that_comes_from_elsewhere_is_guarded_too():
+    class Mixin:
+        def execute(self, application: Application) -> Score:
+            return credit_score(application)
+
+    class Mixed(Mixin, Agent):
+        pass
+
+    assert Mixed().output.model is Score
+    with pytest.raises(AgentCallError):
+        Mixed()(APPLICATION)
+
+
+def test_an_execute_that_cannot_be_guarded_is_refused():
+    class Static(Agent):
+        @staticmethod
+        def execute(application: Application) -> Score: ...
+
+    with pytest.raises(WiringError) as caught:
+        Static().resolve()
+    assert (caught.value.agent, caught.value.field) == ("static", "execute")
+
+
 # -- law 14: the version --------------------------------------------------------------------------------------------------------------
 
 SOURCE = """
