@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from polars.exceptions import PanicException
 from pydantic_core import to_json
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
@@ -38,6 +40,9 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except MaoError as error:
             typer.echo(f"error: {_plain(error)}", err=True)
+            raise typer.Exit(1) from None
+        except PanicException as error:
+            typer.echo(f"error: a file of the store is damaged: {_plain(error)}. Fix: `dagster-mao verify` says which", err=True)
             raise typer.Exit(1) from None
 
 
@@ -89,15 +94,12 @@ def show_command(
     reference: Annotated[str, typer.Argument(metavar="WORKFLOW[@N]", help="A workflow (its effective state), or one version of it.")],
     record: Annotated[str | None, typer.Option(metavar="KEY", help="Show the record with this key.", show_default=False)] = None,
     agent: Annotated[str | None, typer.Option(metavar="NAME", help="Show only this agent's version.", show_default=False)] = None,
-    rows: Annotated[int, typer.Option(min=0, help="Records of a version to show.")] = 5,
+    rows: Annotated[int, typer.Option(min=0, help="Records of a version to show.")] = 3,
     json_: Json = False,
     root: Root = None,
     storage_option: Storage = None,
 ) -> None:
-    """Show a workflow's effective state, a version with its first records, or one record through all agents.
-
-    Fields marked personal are masked.
-    """
+    """Show a workflow's effective state, one version, or one record through all agents; personal fields masked."""
     store = _store(root, storage_option)
     workflow, version = resolve(store, reference)
     seals = _chosen(store, workflow, version, agent)
@@ -148,8 +150,7 @@ def verify_command(
 ) -> None:
     """Recompute every digest, walk the chain, and compare it with Dagster's event log.
 
-    Exits with 0 only if everything that was looked at is as it was sealed. What is merely unanchored (sealed, but not in the event log)
-    is a warning.
+    Exits with 0 only if everything is as it was sealed. Versions that are sealed but not in the event log are a warning.
     """
     store = _store(root, storage_option, damaged=True)
     home, anchors, told = _anchors(store, dagster_home)
@@ -169,12 +170,13 @@ def _store(root: str | None, storage_option: Sequence[str] | None, *, damaged: b
 
     With `damaged`, a store that has lost its log is still one, to be looked into.
     """
+    options = _options(storage_option)
     configured, where = _project()
     said = [(root, "--root"), (os.environ.get(ROOT), f"${ROOT}"), (_placed(configured.get("root"), where), str(where))]
     place, by = next(((place, by) for place, by in said if place), ("", ""))
     if not place:
         raise StoreError("No state store is named", fix=f"give --root, set {ROOT}, or put root under [tool.dagster-mao] in pyproject.toml")
-    store = StateStore(place, {**configured.get("storage_options", {}), **_options(storage_option)})
+    store = StateStore(place, {**configured.get("storage_options", {}), **options})
     if not any(_holds(store, folder) for folder in (("state_log", "tables") if damaged else ("state_log",))):
         raise StoreError(f"There is no state at {store.root} (named by {by})", fix="run the pipeline first, or name another root")
     return store
@@ -353,16 +355,27 @@ def _cell(value: Any) -> Text:
     return Text(_plain(value), overflow="fold")
 
 
+_UNBROKEN = ("n", "rows", "digest", "sealed (UTC)")
+
+
 def _table(*headings: str, numbers: Sequence[str] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for heading in headings:
-        table.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
+        table.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold", no_wrap=heading in _UNBROKEN)
+    return table
+
+
+def _sheet() -> Table:
+    """One name and value a line; names are never broken."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     return table
 
 
 def _versions_table(seals: Sequence[Seal]) -> Table:
     quarantined = any(seal.quarantined for seal in seals)
-    headings = ["n", "agent", "made from", "rows", *(["quarantined"] if quarantined else []), "attempt", "digest", "sealed (UTC)"]
+    headings = ["n", "agent", "from", "rows", *(["quarantined"] if quarantined else []), "attempt", "digest", "sealed (UTC)"]
     table = _table(*headings, numbers=("n", "rows", "quarantined"))
     for seal in seals:
         made_from = ", ".join(str(parent.version) for parent in seal.parents) or seal.kind
@@ -379,10 +392,11 @@ def _show_effective(store: StateStore, workflow: str, state: Sequence[Seal], *, 
         return
     console = _console()
     console.print(Text(f"{_plain(workflow)}: the effective state, as the last completed attempts left it", style="bold"))
-    table = _table("agent", "n", "rows", "contract", "agent version", "digest", "sealed (UTC)", numbers=("n", "rows"))
+    table = _table("agent", "n", "rows", "contract", "code version", "sealed (UTC)", numbers=("n", "rows"))
     for seal in state:
         contract = f"{seal.contract} v{seal.contract_version}"
-        told = [seal.agent, seal.version, f"{seal.row_count:,}", contract, _short(seal.agent_version), seal.digest[:8], _moment(seal)]
+        version = seal.agent_version.removeprefix("sha256:")
+        told = [seal.agent, seal.version, f"{seal.row_count:,}", contract, version, _moment(seal)[:-3]]
         table.add_row(*map(_cell, told))
     if state:
         console.print(table)
@@ -415,8 +429,7 @@ def _described(seal: Seal) -> Any:
 
 
 def _facts_table(seal: Seal) -> Table:
-    table = _table("", "")
-    table.show_header = False
+    table = _sheet()
     parents = "\n".join(f"{parent.agent} {parent.workflow_id}@{parent.version} {parent.digest[:12]}" for parent in seal.parents)
     told = {
         "kind": f"{seal.kind}, attempt {seal.attempt}, epoch {seal.epoch}",
@@ -453,10 +466,9 @@ def _print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         console.print(table)
         return
     for row in cells:
-        table = _table("", "")
-        table.show_header = False
+        table = _sheet()
         for name, cell in row.items():
-            table.add_row(Text(f"  {_plain(name)}", style="cyan"), cell)
+            table.add_row(Text(_plain(name), style="cyan"), cell)
         console.print(table)
         console.print()
 
@@ -495,10 +507,10 @@ def _print_report(store: StateStore, report: Report, told: str) -> None:
         _print_finding(console, finding, "red")
     for warning in report.warnings:
         _print_finding(console, warning, "yellow")
-    size = f"{report.size_bytes / 1e6:,.1f} MB"
+    amount = f"{_count(report.files, 'snapshot')} ({decimal(report.size_bytes)}), {_count(report.tables, 'Delta table')}"
     looked_at = (
         f"Looked at {_count(report.versions, 'version')} of {_count(report.workflows, 'workflow')} at {store.root}: "
-        f"{_count(report.files, 'snapshot')} ({size}), {_count(report.tables, 'Delta table')}, every row of the log and its link."
+        f"{amount}, every row of the log and its link."
     )
     console.print(Text(_plain(looked_at)), soft_wrap=True)
     if report.anchors_compared:

@@ -172,7 +172,7 @@ def _record(row: Mapping[str, Any], key: str | None, shared: list[str], left: Se
     def shown(name: str, value: Any) -> Any:
         # What either side's contract calls personal is masked on both.
         if any(is_personal(fields.get(name)) for fields in described):
-            return None if value is None else MASK
+            return MASK
         return hide(described[1].get(name), hide(described[0].get(name), value))
 
     changed = [(name, i) for i, name in enumerate(shared) if row["change"] == "changed" and row[f"d{i}"]]

@@ -16,7 +16,7 @@ MASK = "***"
 
 
 def masked(seal: Seal, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a sealed snapshot, with its personal values (at any depth) replaced. A null stays a null."""
+    """A row of a sealed snapshot, with its personal values (at any depth) replaced, nulls among them: that there is none can say a lot."""
     fields = fields_of(seal)
     return {name: hide(fields.get(name), value) for name, value in row.items()}
 
@@ -31,8 +31,6 @@ def fields_of(seal: Seal) -> dict[str, Mapping[str, Any]]:
 
 def hide(field: Mapping[str, Any] | None, value: Any) -> Any:
     """The value, masked where its field's description says so or there is no description."""
-    if value is None:
-        return None
     if field is None or field.get("personal"):
         return MASK
     if isinstance(value, Mapping):

@@ -154,6 +154,9 @@ def _read_log(store: StateStore, workflow: str | None) -> _Log:
     if table is None:
         return _Log([], {}, [], readable=True)
     rows, findings = _rows(store, table, workflow)
+    if findings:  # a compaction may have taken files away since the log was opened: what is damaged is so at the second look, too
+        table = StateLog(store.objects).open() or table
+        rows, findings = _rows(store, table, workflow)
     seals = list[Seal]()
     for row in rows:
         try:
