@@ -1,0 +1,187 @@
+"""An agent as a Dagster asset: one asset per agent, its boundary as blocking checks in the same op, its seal as the materialisation."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import dagster as dg
+from pydantic import BaseModel, ValidationError
+
+from dagster_mao.agent import Agent
+from dagster_mao.boundary import OUTPUT, PINNED_BASE, Check, Outcome, check_names, run_agent
+from dagster_mao.dagster.metadata import of_check, of_seal
+from dagster_mao.dagster.resources import STATE_STORE
+from dagster_mao.dagster.runs import AGENT_TAG, ENTRY_TAG, PIPELINE_TAG, only_partition, open_attempt
+from dagster_mao.dagster.translator import AgentTranslator
+from dagster_mao.errors import (
+    AgentCallError,
+    BatchRefusedError,
+    FencedError,
+    IncompatibleContractError,
+    InvalidRecordsError,
+    MaoError,
+    PinError,
+    StaleStateError,
+    TamperedError,
+    WiringError,
+)
+from dagster_mao.pipeline import ExternalEntry, Pipeline
+
+IO_MANAGER = "state_io_manager"
+"""The resource key of the IO manager that loads agents' snapshots for plain assets."""
+
+_UNPINNED = (FencedError, PinError, StaleStateError, TamperedError)
+# What a second try in the same run cannot mend.
+_FINAL = (*_UNPINNED, AgentCallError, BatchRefusedError, IncompatibleContractError, InvalidRecordsError, WiringError)
+_RECORDS = "records"
+
+
+def build_assets(pipeline: Pipeline, *, translator: AgentTranslator | None = None) -> list[dg.AssetsDefinition]:
+    """One asset per agent, the entry first. Raises `WiringError` when the translator changed a key."""
+    return [build_asset(pipeline, agent, translator=translator) for agent in pipeline.order]
+
+
+def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator | None = None) -> dg.AssetsDefinition:
+    """The asset of one agent, with its boundary checks; by the entry's name, of the entry.
+
+    An existing asset as entry is loaded by its own IO manager, like any input of any asset, and sealed as the entry.
+
+    It requires the resources `state_store` (`StateStoreResource`), `state_io_manager` (`StateIOManager`, for plain downstream assets) and
+    those that the agent takes as keyword-only parameters.
+    """
+    one = pipeline.node(agent)
+    key = dg.AssetKey([pipeline.name, agent])
+    spec = (translator or AgentTranslator()).get_asset_spec(one, pipeline)
+    if spec.key != key:
+        raise WiringError(
+            f"The translator gave the asset the key {spec.key.to_user_string()!r}", agent=agent, fix=f"leave it {key.to_user_string()!r}"
+        )
+    source = dg.AssetKey(one.asset_key) if isinstance(one, ExternalEntry) else None
+    deps = [source] if source else [dg.AssetKey([pipeline.name, read.upstream]) for read in one.inputs]
+
+    def materialize(context: dg.AssetExecutionContext, **inputs: Any) -> Iterator[Any]:
+        yield from _materialize(context, pipeline, one, inputs.get(_RECORDS))
+
+    wrap = dg.multi_asset(
+        name=op_name(pipeline.name, agent),
+        specs=[spec.merge_attributes(deps=deps).with_io_manager_key(IO_MANAGER)],
+        ins={_RECORDS: dg.AssetIn(source)} if source else {},
+        check_specs=boundary_check_specs(pipeline, agent),
+        required_resource_keys={STATE_STORE, *one.resources},
+        pool=one.pool,
+        backfill_policy=dg.BackfillPolicy.multi_run(),
+        op_tags={PIPELINE_TAG: pipeline.name, AGENT_TAG: agent, ENTRY_TAG: pipeline.entry_name},
+    )
+    return wrap(materialize)
+
+
+def op_name(pipeline: str, agent: str) -> str:
+    """The step key: unique in a code location, and what Dagster would have made of the asset key."""
+    return f"{pipeline}__{agent}"
+
+
+def boundary_check_specs(pipeline: Pipeline, agent: str) -> list[dg.AssetCheckSpec]:
+    """The checks that an agent evaluates before anything is written; each blocks what is downstream."""
+    names = check_names(pipeline.node(agent))
+    return [check_spec(name, pipeline, agent, description=_described(name), blocking=True) for name in names]
+
+
+def check_spec(name: str, pipeline: Pipeline, agent: str, *, description: str, blocking: bool) -> dg.AssetCheckSpec:
+    """A check of an agent's asset, partitioned like it: one without partitions would show the last partition's result for all of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return dg.AssetCheckSpec(
+            name, asset=[pipeline.name, agent], description=description, blocking=blocking, partitions_def=pipeline.partitions_def
+        )
+
+
+def _described(name: str) -> str:
+    if name == PINNED_BASE:
+        return "Are these the state versions that this attempt may read, and do they descend from one entry?"
+    if name == OUTPUT:
+        return "Does every record that the agent returned keep the contract, and is there exactly one per record that it was given?"
+    return f"Does every record of {name.removeprefix('input_')!r} keep what this agent asks of it?"
+
+
+def _materialize(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: Agent, records: Any) -> Iterator[Any]:
+    key = dg.AssetKey([pipeline.name, agent.name])
+    try:
+        outcome = _run(context, pipeline, agent, records)
+    except MaoError as error:
+        if isinstance(error, _UNPINNED) and not error.checks:
+            error.checks = (Check(PINNED_BASE, False, str(error)),)
+        yield from (_result(key, check) for check in error.checks)
+        if not isinstance(error, _FINAL):
+            raise without_values(error) from error.__cause__
+        raise _failure(error) from without_values(error)
+    yield from (_result(key, check) for check in outcome.checks)
+    yield dg.MaterializeResult(
+        asset_key=key,
+        metadata=of_seal(outcome.seal, pipeline, reused=outcome.reused),
+        data_version=dg.DataVersion(outcome.seal.digest),
+    )
+
+
+def _run(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: Agent, records: Any) -> Outcome:
+    store = getattr(context.resources, STATE_STORE).store()
+    partitioned = context.has_partition_key or context.has_partition_key_range
+    partition_key = only_partition(context.partition_keys, agent.name) if partitioned else None
+    attempt = open_attempt(store, context.instance, context.run, pipeline=pipeline.name, partition_key=partition_key)
+    resources = {name: getattr(context.resources, name) for name in agent.resources}
+    return run_agent(
+        store,
+        agent,
+        attempt,
+        resources=resources,
+        config_digest=config_digest(resources),
+        partition_key=partition_key,
+        records=records,
+        log=context.log,
+    )
+
+
+def config_digest(resources: Mapping[str, Any]) -> str:
+    """sha256 over the configuration of the resources that an agent is handed; empty for an agent that takes none.
+
+    Only Dagster's configurable resources have a configuration; of any other object the class is all that is recorded.
+    """
+    if not resources:
+        return ""
+    told = {name: [type(value).__qualname__, _config(value)] for name, value in resources.items()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _config(resource: Any) -> Any:
+    return resource.model_dump(mode="json", fallback=lambda value: type(value).__qualname__) if isinstance(resource, BaseModel) else None
+
+
+def without_values(error: MaoError) -> MaoError:
+    """The error with the values that pydantic quotes taken out of its causes: Dagster writes the whole chain to its event log.
+
+    Where it happened and which rule was broken stays. What an agent's own code puts into the text of its errors is for the agent to mind.
+    """
+    links: list[tuple[BaseException, BaseException]] = []
+    link: BaseException = error
+    while (cause := link.__cause__ or (None if link.__suppress_context__ else link.__context__)) is not None:
+        links.append((link, cause))
+        link = cause
+    for outer, inner in links:
+        if isinstance(inner, ValidationError):
+            told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['type']}" for one in inner.errors(include_input=False))
+            outer.__cause__ = ValueError(f"{inner.error_count()} validation errors for {inner.title}: {told}").with_traceback(
+                inner.__traceback__
+            )
+    return error
+
+
+def _result(key: dg.AssetKey, check: Check) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        passed=check.passed, check_name=check.name, asset_key=key, description=check.description, metadata=of_check(check)
+    )
+
+
+def _failure(error: MaoError) -> dg.Failure:
+    told = {f"{check.name}: {name}": value for check in error.checks if not check.passed for name, value in of_check(check).items()}
+    return dg.Failure(str(error), metadata=told, allow_retries=False)

@@ -1,0 +1,105 @@
+"""A pipeline as Dagster definitions: assets, checks, a job, a schedule where there is a clock to schedule by, and the resources."""
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import dagster as dg
+
+from dagster_mao.dagster.assets import IO_MANAGER, build_assets
+from dagster_mao.dagster.checks import build_chain_checks
+from dagster_mao.dagster.io_manager import StateIOManager
+from dagster_mao.dagster.resources import STATE_STORE, StateStoreResource
+from dagster_mao.dagster.translator import AgentTranslator
+from dagster_mao.errors import WiringError
+from dagster_mao.pipeline import Pipeline
+
+ROOT_VARIABLE = "DAGSTER_MAO_ROOT"
+
+
+def build_definitions(
+    pipeline: Pipeline,
+    *,
+    resources: Mapping[str, Any] | None = None,
+    translator: AgentTranslator | None = None,
+) -> dg.Definitions:
+    """Everything that Dagster needs to run, show and schedule a pipeline; merge it with other definitions as you like.
+
+    `resources` holds those that the agents take, and `state_store` (`StateStoreResource`); without the latter the environment variable
+    `DAGSTER_MAO_ROOT` names the root. Raises `WiringError` when a resource is missing.
+    """
+    assets = build_assets(pipeline, translator=translator)
+    job = build_job(pipeline)
+    schedule = build_schedule(pipeline, job)
+    return dg.Definitions(
+        assets=assets,
+        asset_checks=[build_chain_checks(pipeline)],
+        jobs=[job],
+        schedules=[schedule] if schedule else [],
+        resources=_resources(pipeline, dict(resources or {})),
+    )
+
+
+def build_job(pipeline: Pipeline) -> Any:
+    """The asset job `<pipeline>_job`: the entry, all agents and their checks."""
+    return dg.define_asset_job(
+        f"{pipeline.name}_job",
+        selection=dg.AssetSelection.assets(*([pipeline.name, agent] for agent in pipeline.order)),
+        description=pipeline.description,
+    )
+
+
+def build_schedule(pipeline: Pipeline, job: Any) -> Any:
+    """The schedule `<pipeline>_schedule`, which runs the job on the partition that just ended; None without partitions by time.
+
+    It is stopped until it is switched on in the UI.
+    """
+    if not isinstance(pipeline.partitions_def, dg.TimeWindowPartitionsDefinition):
+        return None
+    return dg.build_schedule_from_partitioned_job(
+        job, name=f"{pipeline.name}_schedule", description=f"Decides each ended partition of {pipeline.name}."
+    )
+
+
+def _resources(pipeline: Pipeline, given: dict[str, Any]) -> dict[str, Any]:
+    if missing := [name for name in pipeline.resources if name not in given]:
+        agent = next(one.name for one in pipeline.agents.values() if missing[0] in one.resources)
+        raise WiringError(
+            f"Nobody provides the resource {missing[0]!r}",
+            agent=agent,
+            field=missing[0],
+            fix=f"build_definitions(resources={{{missing[0]!r}: …}})",
+        )
+    store = given.get(STATE_STORE) or _store_at(_root())
+    return {IO_MANAGER: _io_manager(store), **given, STATE_STORE: store}
+
+
+# Definitions.merge takes a resource key twice only for the same object, and pipelines share these two.
+
+
+@lru_cache(maxsize=32)
+def _store_at(root: str) -> StateStoreResource:
+    return StateStoreResource(root=root)
+
+
+_IO_MANAGERS: list[tuple[StateStoreResource, StateIOManager]] = []
+
+
+def _io_manager(store: StateStoreResource) -> StateIOManager:
+    for known, manager in _IO_MANAGERS:
+        if known is store:
+            return manager
+    _IO_MANAGERS.append((store, StateIOManager(state_store=store)))
+    return _IO_MANAGERS[-1][1]
+
+
+def _root() -> str:
+    root = os.environ.get(ROOT_VARIABLE)
+    if not root:
+        raise WiringError(
+            "Where does the state lie?",
+            field=STATE_STORE,
+            fix=f"build_definitions(resources={{'{STATE_STORE}': StateStoreResource(root=…)}}), or set {ROOT_VARIABLE}",
+        )
+    return root

@@ -1,0 +1,64 @@
+"""Agents' snapshots for plain Dagster assets, pinned like an agent's own reads."""
+
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from dagster_mao.dagster.anchors import STATE_VERSION
+from dagster_mao.dagster.resources import StateStoreResource
+from dagster_mao.dagster.runs import open_attempt
+from dagster_mao.errors import WiringError
+from dagster_mao.state import Seal
+
+
+class StateIOManager(dg.ConfigurableIOManager):
+    """Loads what an agent sealed: as `pl.DataFrame` when the parameter is annotated so, else as `pl.LazyFrame`.
+
+    A run reads what it sealed itself; what it does not set out to seal, from the effective state as it was when the run first looked. A
+    plain asset whose partition maps to several partitions of the agent gets a dict of frames by partition key. It never writes: agents
+    seal.
+    """
+
+    state_store: dg.ResourceDependency[StateStoreResource]
+
+    def load_input(self, context: dg.InputContext) -> Any:
+        if not context.has_asset_partitions:
+            return self._frame(context, self._pinned(context, None))
+        pinned = {key: self._pinned(context, key) for key in context.asset_partition_keys}
+        if len(pinned) == 1:
+            return self._frame(context, *pinned.values())
+        for seal in pinned.values():  # Dagster takes input metadata for one partition only
+            context.log.info(f"Read {seal.agent} as of {seal.reference}, {seal.digest}")
+        return {key: self._rows(context, seal) for key, seal in pinned.items()}
+
+    def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
+        """Raises `WiringError`: only agents make state versions."""
+        raise WiringError(
+            f"{context.get_asset_identifier()[-1]!r} returned a value to the state store, where only agents seal",
+            fix="give this asset another io_manager_key",
+        )
+
+    def _pinned(self, context: dg.InputContext, partition_key: str | None) -> Seal:
+        pipeline, agent = _named(context.asset_key)
+        run = context.step_context.dagster_run
+        attempt = open_attempt(self.state_store.store(), context.instance, run, pipeline=pipeline, partition_key=partition_key)
+        return attempt.pin(agent)
+
+    def _frame(self, context: dg.InputContext, seal: Seal) -> pl.DataFrame | pl.LazyFrame:
+        context.add_input_metadata(_told(seal), description=f"Read {seal.agent} as of {seal.reference}")
+        return self._rows(context, seal)
+
+    def _rows(self, context: dg.InputContext, seal: Seal) -> pl.DataFrame | pl.LazyFrame:
+        rows = self.state_store.store().read(seal)
+        return rows.collect() if context.dagster_type.typing_type is pl.DataFrame else rows
+
+
+def _named(key: dg.AssetKey) -> tuple[str, str]:
+    if len(key.path) != 2:
+        raise WiringError(f"{key.to_user_string()!r} is no agent's asset", fix="use this IO manager for assets of a pipeline only")
+    return key.path[0], key.path[1]
+
+
+def _told(seal: Seal) -> dict[str, Any]:
+    return {STATE_VERSION: seal.reference, "mao/digest": seal.digest, "dagster/row_count": seal.row_count}

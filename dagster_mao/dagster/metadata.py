@@ -1,0 +1,152 @@
+"""What the UI tells: of an agent when the code location loads, of a state version when it is sealed, of a check when it is evaluated."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from dagster_mao.agent import Agent
+from dagster_mao.boundary import Check
+from dagster_mao.contract import Contract, columns
+from dagster_mao.dagster.anchors import SEAL_DIGEST, STATE_VERSION
+from dagster_mao.pipeline import Pipeline
+from dagster_mao.state import Parent, Seal
+
+PERSONAL_TAG = "personal"
+
+
+def column_schema(contract: Contract[Any]) -> dg.TableSchema:
+    """The contract as the UI's column schema: types, descriptions, constraints; personal fields are tagged."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(
+                name=column.name,
+                type=column.type,
+                description=column.description,
+                constraints=dg.TableColumnConstraints(
+                    nullable=column.nullable,
+                    unique=column.name == contract.key,
+                    other=[told for told in column.constraints if told != "unique"],
+                ),
+                tags={PERSONAL_TAG: ""} if column.personal else {},
+            )
+            for column in columns(contract)
+        ]
+    )
+
+
+def column_lineage(pipeline: Pipeline, agent: Agent) -> dg.TableColumnLineage | None:
+    """From which columns an agent's columns may come; None for the entry.
+
+    An agent is a closed box, so the sound answer is given: the key comes from the keys, any other column from any column that the
+    agent declares to read. What an agent does not declare cannot have been used: that is what reviewers look for.
+    """
+    if agent.is_entry:
+        return None
+    read = [
+        (dg.TableColumnDep(dg.AssetKey([pipeline.name, bound.upstream]), name), name == bound.contract.key)
+        for bound in agent.inputs
+        for name in bound.contract.schema
+    ]
+    keys = [dep for dep, is_key in read if is_key]
+    rest = [dep for dep, is_key in read if not is_key] or keys
+    return dg.TableColumnLineage({name: (keys if name == agent.output.key and keys else rest) for name in agent.output.schema})
+
+
+def of_agent(pipeline: Pipeline, agent: Agent) -> dict[str, Any]:
+    """What is known before anything ran."""
+    contract = agent.output
+    return {
+        "dagster/column_schema": column_schema(contract),
+        "dagster/table_name": f"{pipeline.name}.{agent.name}",
+        "mao/contract": _contract(contract.name, contract.version),
+        "mao/contract_hash": contract.hash,
+    }
+
+
+def of_seal(seal: Seal, pipeline: Pipeline, *, reused: bool) -> dict[str, Any]:
+    """What the state log says of a state version."""
+    agent = pipeline.node(seal.agent)
+    lineage = column_lineage(pipeline, agent)
+    return {
+        STATE_VERSION: dg.MetadataValue.text(seal.reference),
+        SEAL_DIGEST: dg.MetadataValue.text(seal.seal_digest),
+        "mao/previous_seal_digest": dg.MetadataValue.text(seal.previous_digest),
+        "mao/digest": dg.MetadataValue.text(seal.digest),
+        "mao/kind": seal.kind,
+        "mao/parents": parents_table(seal.parents),
+        "mao/workflow": dg.MetadataValue.text(seal.workflow_id),
+        "mao/attempt": dg.MetadataValue.dagster_run(seal.attempt),
+        "mao/plan": dg.MetadataValue.text(", ".join(seal.plan)),
+        "mao/base": seal.base,
+        "mao/epoch": seal.epoch,
+        "mao/now": dg.MetadataValue.timestamp(seal.now),
+        "mao/seed": dg.MetadataValue.text(str(seal.seed)),  # more digits than the browser's numbers hold
+        "mao/sealed_by": dg.MetadataValue.dagster_run(seal.run_id),
+        "mao/sealed_at": dg.MetadataValue.timestamp(seal.sealed_at),
+        "mao/reused": reused,
+        "mao/quarantined": seal.quarantined,
+        "mao/latency_seconds": seal.latency_seconds,
+        "mao/size_bytes": seal.size_bytes,
+        "mao/agent_version": dg.MetadataValue.text(seal.agent_version),
+        "mao/contract": _contract(seal.contract, seal.contract_version),
+        "mao/contract_hash": dg.MetadataValue.text(seal.contract_hash),
+        "mao/config": dg.MetadataValue.text(seal.config),
+        "mao/snapshot": dg.MetadataValue.path(seal.path),
+        "mao/library_version": dg.MetadataValue.text(seal.library_version),
+        "dagster/row_count": seal.row_count,
+        "dagster/column_schema": column_schema(agent.output),
+        "dagster/table_name": f"{seal.pipeline}.{seal.agent}",
+        "dagster/uri": seal.uri,
+        **({"dagster/column_lineage": lineage} if lineage else {}),
+        **({"mao/model": seal.model} if seal.model else {}),
+    }
+
+
+def parents_table(parents: Iterable[Parent]) -> dg.TableMetadataValue:
+    rows = [dg.TableRecord({"agent": p.agent, "version": f"{p.workflow_id}@{p.version}", "digest": p.digest}) for p in parents]
+    return dg.MetadataValue.table(rows, schema=_strings("agent", "version", "digest"))
+
+
+def of_check(check: Check) -> dict[str, Any]:
+    """A check's metadata; its reasons and parents as tables that can be read in the UI."""
+    told = {name: _plain(value) for name, value in check.metadata.items() if name not in ("reasons", "parents")}
+    reasons, parents = (check.metadata.get(name) for name in ("reasons", "parents"))
+    return {
+        **({"reasons": reasons_table(reasons)} if reasons else {}),
+        **({"parents": parents_table(map(Parent.model_validate, parents))} if parents else {}),
+        **told,
+    }
+
+
+def reasons_table(reasons: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
+    """Which rule, on which field, how many records, and the first of them (masked by the contract already)."""
+    rows = [
+        dg.TableRecord(
+            {
+                "rule": str(reason["rule"]),
+                "field": str(reason.get("field") or ""),
+                "count": int(reason["count"]),
+                "samples": "\n".join(json.dumps(sample, default=str, ensure_ascii=False) for sample in reason.get("samples", ())),
+            }
+        )
+        for reason in reasons
+    ]
+    schema = dg.TableSchema(
+        [dg.TableColumn(name, "int" if name == "count" else "string") for name in ("rule", "field", "count", "samples")]
+    )
+    return dg.MetadataValue.table(rows, schema=schema)
+
+
+def _strings(*names: str) -> dg.TableSchema:
+    return dg.TableSchema([dg.TableColumn(name) for name in names])
+
+
+def _contract(name: str, version: str) -> str:
+    return f"{name} v{version}"
+
+
+def _plain(value: Any) -> Any:
+    # Lists and dicts would be rendered by Dagster only when they are JSON all the way down.
+    return dg.MetadataValue.json(json.loads(json.dumps(value, default=str))) if isinstance(value, (list, tuple, dict)) else value

@@ -1,0 +1,72 @@
+"""From a Dagster run to an attempt: the root run is the attempt, its execution plan says what the attempt sets out to seal."""
+
+from collections.abc import Iterable, Mapping
+
+import dagster as dg
+
+from dagster_mao.errors import WiringError
+from dagster_mao.state import Attempt, StateStore
+
+WORKFLOW_TAG = "mao/workflow"
+"""A run tag that says, on an unpartitioned pipeline, which workflow the run belongs to."""
+
+PIPELINE_TAG, AGENT_TAG, ENTRY_TAG = "mao/pipeline", "mao/agent", "mao/entry"
+"""Tags of an agent's op. The plan is read from them, so that whoever joins an attempt first, an IO manager too, pins the same plan."""
+
+
+def open_attempt(
+    store: StateStore, instance: dg.DagsterInstance, run: dg.DagsterRun, *, pipeline: str, partition_key: str | None
+) -> Attempt:
+    """Joins the attempt that a run belongs to, on the workflow of its partition. Raises as `StateStore.open_attempt` does."""
+    lineage = ancestry(instance, run)
+    root = instance.get_run_by_id(lineage[-1]) or run
+    plan, entry = planned(instance, root, pipeline)
+    return store.open_attempt(
+        pipeline=pipeline,
+        attempt=lineage[-1],
+        run_id=run.run_id,
+        lineage=lineage,
+        plan=plan,
+        entry=entry,
+        workflow_key=partition_key if partition_key is not None else _tagged_workflow(root.tags, pipeline),
+    )
+
+
+def ancestry(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, ...]:
+    """The run's id, then those of the runs it re-executes, the root last. A deleted run in between is skipped; the root is always told."""
+    ids = [run.run_id]
+    while run.parent_run_id and run.parent_run_id not in ids:
+        ids.append(run.parent_run_id)
+        parent = instance.get_run_by_id(run.parent_run_id)
+        if parent is None:
+            if run.root_run_id and run.root_run_id not in ids:
+                ids.append(run.root_run_id)
+            break
+        run = parent
+    return tuple(ids)
+
+
+def planned(instance: dg.DagsterInstance, run: dg.DagsterRun, pipeline: str) -> tuple[tuple[str, ...], str]:
+    """The agents of a pipeline among the steps that a run set out to execute, sorted; and the pipeline's entry ("" when there are none)."""
+    if run.execution_plan_snapshot_id is None:
+        raise WiringError(f"Run {run.run_id} has no execution plan snapshot", fix="start it through Dagster's own launchers")
+    plan = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id)
+    tags = [step.tags for step in plan.steps if step.key in plan.step_keys_to_execute and step.tags]
+    own = [tag for tag in tags if tag.get(PIPELINE_TAG) == pipeline and AGENT_TAG in tag]
+    return tuple(sorted({tag[AGENT_TAG] for tag in own})), next((tag[ENTRY_TAG] for tag in own), "")
+
+
+def only_partition(keys: Iterable[str], what: str) -> str:
+    """The one partition key there is. Raises `WiringError`: a workflow is one partition, so a run is for one."""
+    found = list(keys)
+    if len(found) != 1:
+        raise WiringError(
+            f"A run of {what} covers {len(found)} partitions; a workflow is one partition",
+            fix="leave the backfill policy at one run per partition",
+        )
+    return found[0]
+
+
+def _tagged_workflow(tags: Mapping[str, str], pipeline: str) -> str | None:
+    tagged = tags.get(WORKFLOW_TAG)
+    return tagged.removeprefix(f"{pipeline}/") if tagged else None

@@ -1,0 +1,225 @@
+"""What the design stands on in Dagster, pinned: when one of these fails after an upgrade, read the note beside it before touching it."""
+
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from tests.dagster.three_assets import three
+
+pytestmark = pytest.mark.filterwarnings("ignore::dagster.PreviewWarning")
+DAYS = dg.StaticPartitionsDefinition(["monday", "tuesday"])
+
+
+class Recorder(dg.IOManager):
+    """An IO manager that tells what it was asked to do."""
+
+    def __init__(self) -> None:
+        self.handled: list[str] = []
+        self.loaded: list[tuple[str, ...]] = []
+
+    def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
+        self.handled.append(context.asset_key.path[-1])
+
+    def load_input(self, context: dg.InputContext) -> Any:
+        self.loaded.append(tuple(context.asset_key.path))
+        return "loaded"
+
+
+def checks_of(result: dg.ExecuteInProcessResult) -> dict[str, dg.AssetCheckEvaluation]:
+    return {e.check_name: e for e in result.get_asset_check_evaluations()}
+
+
+def test_a_failing_check_and_a_failure_leave_the_reasons_and_no_materialisation():
+    """The boundary rejects before anything is visible: the failed evaluation keeps its metadata, the asset stays unmaterialised."""
+
+    @dg.multi_asset(
+        specs=[dg.AssetSpec("a")], check_specs=[dg.AssetCheckSpec("one", asset="a", blocking=True), dg.AssetCheckSpec("two", asset="a")]
+    )
+    def a():
+        yield dg.AssetCheckResult(check_name="one", asset_key="a", passed=False, metadata={"rows": 3})
+        raise dg.Failure("refused", metadata={"rows": 3}, allow_retries=False)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([a], instance=instance, raise_on_error=False)
+        assert not result.success
+        assert not result.get_asset_materialization_events()
+        assert instance.get_latest_materialization_event(dg.AssetKey("a")) is None
+        evaluation = checks_of(result)["one"]
+        assert (evaluation.passed, evaluation.metadata["rows"].value) == (False, 3)
+        assert "two" not in checks_of(result), "a check that was not reached is not evaluated"
+        failure = result.failure_data_for_node("a").user_failure_data
+        assert failure.description == "refused"
+
+
+def test_checks_of_a_partitioned_asset_record_their_partition_only_when_declared_with_it():
+    """A check without partitions_def of a partitioned asset is one check for all partitions: the last one overwrites the rest."""
+    specs = [dg.AssetCheckSpec("plain", asset="a"), dg.AssetCheckSpec("daily", asset="a", partitions_def=DAYS)]
+
+    @dg.multi_asset(specs=[dg.AssetSpec("a", partitions_def=DAYS)], check_specs=specs)
+    def a():
+        for name in ("plain", "daily"):
+            yield dg.AssetCheckResult(check_name=name, asset_key="a", passed=True)
+        yield dg.MaterializeResult(asset_key="a")
+
+    evaluations = checks_of(dg.materialize([a], partition_key="monday"))
+    assert evaluations["plain"].partition is None
+    assert evaluations["daily"].partition == "monday"
+
+
+def test_one_op_checks_several_partitioned_assets_and_can_be_run_alone():
+    """multi_asset_check takes its partitions from its specs; one step checks all agents, and one agent's check runs by itself."""
+
+    @dg.multi_asset(specs=[dg.AssetSpec("a", partitions_def=DAYS), dg.AssetSpec("b", partitions_def=DAYS)])
+    def ab():
+        yield dg.MaterializeResult(asset_key="a")
+        yield dg.MaterializeResult(asset_key="b")
+
+    seen = []
+
+    @dg.multi_asset_check(specs=[dg.AssetCheckSpec("chain", asset=k, partitions_def=DAYS) for k in "ab"], can_subset=True, name="chain_op")
+    def chain(context: dg.AssetCheckExecutionContext):
+        for key in sorted(context.selected_asset_check_keys):
+            seen.append((key.asset_key.to_user_string(), context.partition_key))
+            yield dg.AssetCheckResult(check_name=key.name, asset_key=key.asset_key, passed=True)
+
+    defs = dg.Definitions(assets=[ab], asset_checks=[chain])
+    with dg.DagsterInstance.ephemeral() as instance:
+        job = defs.resolve_implicit_global_asset_job_def()
+        assert job.execute_in_process(instance=instance, partition_key="tuesday").success
+        assert seen == [("a", "tuesday"), ("b", "tuesday")]
+        seen.clear()
+        alone = job.get_subset(asset_selection=set(), asset_check_selection={dg.AssetCheckKey(dg.AssetKey("a"), "chain")})
+        result = alone.execute_in_process(instance=instance, partition_key="monday")
+        assert seen == [("a", "monday")]
+        assert result.get_asset_check_evaluations()[0].partition == "monday"
+
+
+def planned_assets(instance: dg.DagsterInstance, run: dg.DagsterRun) -> set[str]:
+    snapshot = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id)
+    outputs = [out for step in snapshot.steps if step.key in snapshot.step_keys_to_execute for out in step.outputs]
+    return {out.properties.asset_key.to_user_string() for out in outputs if out.properties.asset_key}
+
+
+def test_the_plan_of_the_root_run_and_the_ancestry_of_a_re_execution(tmp_path, monkeypatch):
+    """The attempt is the root run; its plan is read from the root's plan snapshot, because a re-execution's own names only the steps left.
+
+    Re-executing everything keeps the root too: it is the same attempt.
+    """
+    monkeypatch.setenv("THREE_ASSETS_MENDED", str(tmp_path / "mended"))
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+
+        def execute(options=None):
+            run = dg.execute_job(dg.reconstructable(three), instance=instance, reexecution_options=options)
+            return instance.get_run_by_id(run.run_id)
+
+        root = execute()
+        (tmp_path / "mended").touch()
+        rest = execute(dg.ReexecutionOptions.from_failure(root.run_id, instance))
+        all_again = execute(dg.ReexecutionOptions(parent_run_id=rest.run_id))
+        assert [(run.root_run_id, run.parent_run_id) for run in (root, rest, all_again)] == [
+            (None, None),
+            (root.run_id, root.run_id),
+            (root.run_id, rest.run_id),
+        ]
+        assert planned_assets(instance, root) == {"first", "second", "third"}
+        assert planned_assets(instance, rest) == {"second", "third"}
+        snapshot = instance.get_execution_plan_snapshot(root.execution_plan_snapshot_id)
+        assert {step.tags["colour"] for step in snapshot.steps if step.key == "first"} == {"red"}, "op tags are in the plan"
+
+
+def test_a_plain_downstream_asset_loads_through_the_io_manager_of_the_asset_that_returned_no_value():
+    """MaterializeResult without a value never calls handle_output, yet the asset's IO manager loads for plain ones: ours only reads."""
+    spec = dg.AssetSpec(["p", "a"]).with_io_manager_key("mao")
+
+    @dg.multi_asset(specs=[spec], name="p__a", required_resource_keys={"x"}, pool="pool")
+    def a(context: dg.AssetExecutionContext):
+        yield dg.MaterializeResult(asset_key=["p", "a"])
+
+    @dg.asset(ins={"a": dg.AssetIn(["p", "a"])})
+    def plain(a):
+        assert a == "loaded"
+
+    io = Recorder()
+    result = dg.materialize([a, plain], resources={"mao": io, "x": 1})
+    assert result.success
+    assert (io.handled, io.loaded) == ([], [("p", "a")])
+    with dg.DagsterInstance.ephemeral() as instance:
+        io = Recorder()
+        assert dg.materialize([a, plain], resources={"mao": io, "x": 1}, instance=instance, selection=[plain]).success
+        assert io.loaded == [("p", "a")]
+
+
+def test_an_asset_of_specs_may_take_inputs():
+    """The entry that wraps an existing asset loads it by Dagster's own input mechanism and still declares spec and checks."""
+
+    @dg.asset
+    def raw() -> list:
+        return [1, 2]
+
+    @dg.multi_asset(
+        specs=[dg.AssetSpec(["p", "e"], deps=[dg.AssetKey("raw")])],
+        ins={"records": dg.AssetIn("raw")},
+        check_specs=[dg.AssetCheckSpec("one", asset=["p", "e"])],
+    )
+    def entry(context: dg.AssetExecutionContext, records: Any):
+        assert records == [1, 2]
+        yield dg.AssetCheckResult(check_name="one", passed=True, asset_key=["p", "e"])
+        yield dg.MaterializeResult(asset_key=["p", "e"])
+
+    assert dg.materialize([raw, entry], resources={"io_manager": dg.mem_io_manager}).success
+
+
+def test_data_versions_and_code_versions_make_the_audit_chain():
+    """A materialisation with a data version tells its downstreams', by tags, without our doing."""
+
+    @dg.multi_asset(specs=[dg.AssetSpec("a", code_version="1")])
+    def a():
+        yield dg.MaterializeResult(asset_key="a", data_version=dg.DataVersion("digest-of-a"))
+
+    @dg.multi_asset(specs=[dg.AssetSpec("b", deps=["a"], code_version="2")])
+    def b():
+        yield dg.MaterializeResult(asset_key="b", data_version=dg.DataVersion("digest-of-b"))
+
+    result = dg.materialize([a, b])
+    tags = result.asset_materializations_for_node("b")[0].tags
+    assert tags["dagster/data_version"] == "digest-of-b"
+    assert tags["dagster/code_version"] == "2"
+    assert tags["dagster/input_data_version/a"] == "digest-of-a"
+
+
+def test_partitioning_an_asset_check_is_still_a_preview():
+    """We silence this warning when we make the specs; when it goes, so should the silence."""
+    with pytest.warns(dg.PreviewWarning, match="partitions_def"):
+        dg.AssetCheckSpec("one", asset="a", partitions_def=DAYS)
+
+
+def test_an_input_knows_its_run_and_what_an_io_manager_adds_to_it_is_kept():
+    """Our IO manager joins the attempt of the run it loads for, and tells which state version it read."""
+    seen = []
+
+    class Telling(Recorder):
+        def load_input(self, context: dg.InputContext) -> Any:
+            seen.append(context.step_context.dagster_run.run_id)
+            context.add_input_metadata({"read": "v1"})
+            return 1
+
+    @dg.asset(ins={"up": dg.AssetIn("up")})
+    def down(up: int) -> int:
+        return up
+
+    result = dg.materialize(
+        [dg.AssetSpec("up").with_io_manager_key("mao"), down], resources={"mao": Telling(), "io_manager": dg.mem_io_manager}
+    )
+    assert seen == [result.run_id]
+    loaded = [event.event_specific_data.metadata for event in result.all_events if event.event_type_value == "LOADED_INPUT"]
+    assert [{name: value.value for name, value in metadata.items()} for metadata in loaded] == [{"read": "v1"}]
+
+
+def test_a_multi_run_backfill_policy_is_what_assets_have_by_default():
+    """A workflow is one partition, so we ask for a run per partition explicitly; this tells should the default change."""
+
+    @dg.asset(partitions_def=DAYS)
+    def a() -> None: ...
+
+    assert a.backfill_policy in (None, dg.BackfillPolicy.multi_run())
