@@ -25,10 +25,10 @@ check: .venv/.installed-dev ## lint, types, import rules and tests: what .ci/run
 	@$(BIN)/python -m pytest $(ARGS)
 
 race: .venv/.installed ## the cached-score race: about 20 % wrong risk ratings with a shared cache, none with pinned versions
-	@$(BIN)/python -m benchmarks.race $(ARGS)
+	@$(BIN)/python examples/race.py $(ARGS)
 
-bench: .venv/.installed ## five agents at 1, 1 000, 100 000 and 1 000 000 records against plain Parquet
-	@$(BIN)/python -m benchmarks.pipeline $(ARGS)
+bench: .venv/.installed ## what a boundary costs: five agents at 1 to 1 000 000 records against plain Parquet
+	@$(BIN)/python benchmarks/boundary.py $(ARGS)
 
 clean: ## remove the demo's state and history (the installation stays)
 	rm -rf .mao

@@ -17,6 +17,7 @@ from assets.contracts import (
     Decision,
     FraudSignals,
     LoanTerms,
+    Outcome,
     Risk,
     VerifiedIncome,
 )
@@ -124,7 +125,11 @@ class Approval(mao.Agent):
 
     def execute(self, ctx: mao.AgentContext, risk_assessment: Risk, fraud_detection: FraudSignals, *, core_bank: CoreBank) -> Decision:
         risk = risk_assessment
-        outcome = "decline" if risk.grade == "high" else "refer" if risk.grade == "medium" or fraud_detection.signals else "approve"
+        outcome: Outcome = "approve"
+        if risk.grade == "high":
+            outcome = "decline"
+        elif risk.grade == "medium" or fraud_detection.signals:
+            outcome = "refer"
         if outcome == "approve":
             key = f"{ctx.workflow_id}/{ctx.agent}/{risk.application_id}"
             core_bank.post(f"{key}/funds", "reservation", risk.application_id, amount=risk.credit_amount)

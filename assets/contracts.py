@@ -32,6 +32,7 @@ Months = Annotated[int, Field(ge=1, le=120, description="Duration of the loan, m
 InstalmentClass = Annotated[
     int, Field(ge=1, le=4, description="Instalment's share of disposable income: 1 is >= 35 %, 2 is 25-35 %, 3 is 20-25 %, 4 is < 20 %")
 ]
+Outcome = Literal["approve", "refer", "decline"]
 Points = Annotated[int, Field(ge=300, le=850, description="600 is the average applicant; 20 points more double the odds of repayment")]
 
 
@@ -133,6 +134,6 @@ class Decision(BaseModel):
     """What becomes of the application; `refer` hands it to a person."""
 
     application_id: Id
-    outcome: Literal["approve", "refer", "decline"]
+    outcome: Outcome
     credit_amount: Amount
     reasons: list[str]

@@ -55,6 +55,6 @@ defs = pipeline.build_definitions(resources={"state_store": mao.StateStoreResour
 if __name__ == "__main__":
     result = mao.run(pipeline)
     for record in result.records("analysis"):
-        print(record.topic, "->", record.conclusion)
+        print(record)
     for agent, seal in result.seals.items():
         print(seal.reference, agent, seal.row_count, "rows", seal.digest[:12])

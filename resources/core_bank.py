@@ -1,12 +1,14 @@
 """The bank that the credit agents act on: small, but its ledger shows every effect that is missing or that was asked for twice."""
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
 import dagster as dg
+from pydantic import PrivateAttr
 
 SCHEMA = """
 PRAGMA journal_mode = WAL;
@@ -27,6 +29,8 @@ class CoreBank(dg.ConfigurableResource):
     """
 
     path: str
+    _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
+    _connection: sqlite3.Connection | None = PrivateAttr(default=None)
 
     def post(self, key: str, kind: str, application_id: str, amount: int = 0) -> bool:
         """Asks for an effect (`inquiry`, `reservation`, `offer`), and says whether this posting is the one that took effect.
@@ -54,16 +58,25 @@ class CoreBank(dg.ConfigurableResource):
     @contextmanager
     def _ledger(self) -> Iterator[sqlite3.Connection]:
         """One transaction that has the write lock from its start, so that two writers cannot both believe to be the first."""
+        with self._lock:
+            if self._connection is None:
+                self._connection = self._open()
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _open(self) -> sqlite3.Connection:
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-        try:
-            connection.executescript(SCHEMA)
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-        finally:
-            connection.close()
+        connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        connection.executescript(SCHEMA)
+        return connection
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

@@ -19,7 +19,7 @@ from rich.table import Table
 from tools.home import ROOT, dagster_home
 
 DAY = "2026-01-01"
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> int:
@@ -68,7 +68,14 @@ def decide(instance: Any, defs: Any) -> bool:
 
         instance.add_event_listener(run_id, on_event)
         quiet = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
-        return bool(job.execute_in_process(quiet, instance=instance, partition_key=DAY, run_id=run_id, raise_on_error=False).success)
+        result = job.execute_in_process(quiet, instance=instance, partition_key=DAY, run_id=run_id, raise_on_error=False)
+        progress.update(steps, description=f"The applications of {DAY}")
+    checks = result.get_asset_check_evaluations()
+    console.print(f"Checks: {sum(check.passed for check in checks)} of {len(checks)} passed.")
+    for check in checks:
+        if not check.passed:
+            console.print(f"  {check.severity.value} {check.asset_key.path[-1]}, {check.check_name}: {check.description}")
+    return bool(result.success)
 
 
 def report(home: Path, defs: Any) -> None:
@@ -88,17 +95,18 @@ def report(home: Path, defs: Any) -> None:
     figures = scores(table)
     console.print(
         f"Decided without a person: {figures['automatic_share']:.0%}, of these right: {figures['accuracy']:.0%}. "
-        f"Not paid back: {figures['bad_rate']:.0%} of the approved, {table['bad'].sum() / table['applications'].sum():.0%} of all."
+        f"Not paid back: {figures['bad_rate']:.0%} of the approved, {sum(table['bad']) / sum(table['applications']):.0%} of all."
     )
     rows = [(seal.version, seal.agent, seal.row_count, seal.digest[:12], f"{seal.latency_seconds:.2f}") for seal in newest.values()]
     title = f"Versions of credit/{DAY} sealed by this run, of {len(seals)} in all"
     console.print(as_table(title, ["version", "agent", "rows", "sha256", "seconds"], sorted(rows)))
     console.print(as_table("Effects in the core bank", ["effect", "took effect", "DM", "asked for again"], bank.totals()))
     console.print(f"State:   {shown(STATE)}\nHistory: {shown(home)}\nBank:    {shown(bank.path)}\n")
-    console.print("Next:  make ui                                  the same in Dagster's UI, http://localhost:3000")
-    console.print(f"       .venv/bin/dagster-mao history credit/{DAY}")
-    console.print(f"       .venv/bin/dagster-mao show credit/{DAY} --record app-0001")
-    console.print("       .venv/bin/dagster-mao verify              every digest, recomputed\n")
+    console.print("Next:")
+    console.print("  make ui                                        the same in Dagster, at http://localhost:3000")
+    console.print(f"  .venv/bin/dagster-mao history credit/{DAY}   every version, from which parents")
+    console.print(f"  .venv/bin/dagster-mao show credit/{DAY} --record app-0001")
+    console.print("  .venv/bin/dagster-mao verify                   every digest, recomputed\n")
 
 
 def as_table(title: str, columns: list[str], rows: Any) -> Table:

@@ -5,7 +5,6 @@ Two at once are serialised by a lock, and the second finds the work done.
 
 import fcntl
 import hashlib
-import itertools
 import os
 import subprocess
 import sys
@@ -55,17 +54,16 @@ def install(extra: str) -> None:
 def pip(target: str) -> None:
     """Installs the target, editable: a line of progress on a terminal, everything in a log, the log's end if it fails."""
     log = VENV / "install.log"
+    # On a terminal a line is written over by the next one; elsewhere it stays.
+    start, end = ("\r\033[K", "") if os.isatty(1) else ("", "\n")
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "-e", target]
     with log.open("w") as out, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
-        for number, line in zip(itertools.count(1), process.stdout):
+        for line in process.stdout:
             out.write(line)
-            if os.isatty(1):
-                print("\r\033[K  " + line.strip()[:100], end="", flush=True)
-            elif number % 50 == 0:
-                print(f"  {number} steps so far: {line.strip()[:80]}", flush=True)
-    if os.isatty(1):
-        print("\r\033[K", end="")
+            if line.startswith(("Collecting", "Building", "Installing")):
+                print(f"{start}  {line.strip()[:100]}", end=end, flush=True)
+    print(start, end="", flush=True)
     if process.returncode:
         sys.exit("".join(log.read_text().splitlines(keepends=True)[-20:]) + f"\nThe install failed; all of its output is in {log}")
 

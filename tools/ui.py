@@ -20,7 +20,9 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     command = [str(Path(sys.executable).parent / "dagster"), "dev", "-w", str(ROOT / "workspace.yaml"), *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    # `dagster dev` warns of its own successor, which needs packages that nothing here needs.
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
         return process.wait()
     except KeyboardInterrupt:

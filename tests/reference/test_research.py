@@ -27,7 +27,7 @@ def test_the_readme_shows_the_file():
 
 def test_it_runs_in_plain_python(tmp_path):
     result = mao.run(pipeline, store=mao.StateStore(tmp_path))
-    assert [record.topic for record in result.records("analysis")] == ["cascading failures", "race conditions"]
+    assert [record.topic for record in result.records("analysis")] == ["race conditions", "cascading failures"]
     assert {agent: seal.version for agent, seal in result.seals.items()} == {"topics": 0, "research": 1, "analysis": 2}
 
 
