@@ -1,8 +1,8 @@
 """Judging a batch.
 
-A batch that keeps its contract is read once, by one streaming aggregation: how many rows, how many break each rule, how many different keys.
-Only a batch that fails is read again, for the union of the broken rows, the doubled keys and the samples. What polars cannot decide goes through
-pydantic, batch by batch, on the columns it needs and no more.
+A batch that keeps its contract is read once, by one streaming aggregation: how many rows, which rules break, how many different keys. Only
+a batch that fails is read again, for the counts, the union of the broken rows, the doubled keys and the samples. What polars cannot decide
+goes through pydantic, chunk by chunk, on the columns it needs and no more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import polars as pl
 from pydantic import ValidationError
 
 from dagster_mao.contract._rules import CALENDAR, UNIQUE, Rule
-from dagster_mao.contract._types import Field, spell
+from dagster_mao.contract._types import dtype_text, spell
 from dagster_mao.contract._verdict import RuleFailure, Verdict, shown
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Judge:
                 errors = refused.errors(include_url=False)
                 yield position, {_rule_of(e, self.field) for e in errors}
             except Exception as error:
-                # A validator may raise anything; whatever it is, the record did not pass. Its text may hold values, so only its kind is told.
+                # A validator may raise anything; whatever it is, the record did not pass. Its text may hold values: tell its kind only.
                 yield position, {(f"{self.field or 'record'}: {type(error).__name__}", self.field)}
 
 
@@ -86,7 +86,7 @@ def schema_failures(contract: Contract[Any], present: Mapping[str, pl.DataType],
         if name not in present:
             wrong.append((f"schema: column {name!r} missing", name))
         elif not fits(present[name], dtype) or (present[name] == pl.Null and not contract.field(name).type.nullable):
-            wrong.append((f"schema: column {name!r} is {present[name]}, not {dtype}", name))
+            wrong.append((f"schema: column {name!r} is {dtype_text(present[name])}, not {dtype_text(dtype)}", name))
     if exact:
         wrong += [(f"schema: unexpected column {name!r}", name) for name in present if name not in contract.schema]
     return wrong
@@ -94,7 +94,7 @@ def schema_failures(contract: Contract[Any], present: Mapping[str, pl.DataType],
 
 def fits(present: pl.DataType, wanted: pl.DataType) -> bool:
     """Whether a column of one type is one of the other: the same, or one that has nothing but nulls where the other has values."""
-    if present == wanted or present == pl.Null:
+    if present in (wanted, pl.Null):
         return True
     if isinstance(present, pl.List) and isinstance(wanted, pl.List):
         return fits(_dtype(present.inner), _dtype(wanted.inner))
@@ -107,7 +107,9 @@ def fits(present: pl.DataType, wanted: pl.DataType) -> bool:
 
 
 def _dtype(dtype: Any) -> pl.DataType:
-    return dtype() if isinstance(dtype, type) else dtype
+    # polars lets a nested type be named by its class.
+    instance: pl.DataType = dtype() if isinstance(dtype, type) else dtype
+    return instance
 
 
 def conformed(lazy: pl.LazyFrame, present: Mapping[str, pl.DataType], schema: Mapping[str, pl.DataType]) -> pl.LazyFrame:
@@ -161,17 +163,20 @@ def _sampled(contract: Contract[Any], lazy: pl.LazyFrame, broken: Sequence[Rule]
 
 
 def _readable(contract: Contract[Any], *names: str | None) -> list[pl.Expr]:
-    """The columns of a sample, key first. What is in no calendar of Python's is read as text."""
-    wanted = dict.fromkeys(n for n in (contract.key, *names) if n is not None and n in contract.schema)
-    return [_text(pl.col(n)) if _has_dates(contract.schema[n]) else pl.col(n) for n in wanted]
+    """The columns of a sample, key first. Dates are read as text: polars' calendar has some that Python's has not."""
+    wanted = dict.fromkeys(n for n in (contract.key, *names) if n is not None)
+    return [_dates_as_text(pl.col(n), contract.schema[n]).alias(n) for n in wanted]
 
 
-def _has_dates(dtype: pl.DataType) -> bool:
-    return dtype.is_temporal() or (dtype.is_nested() and ("Date" in str(dtype)))
-
-
-def _text(column: pl.Expr) -> pl.Expr:
-    return column.cast(pl.String)
+def _dates_as_text(value: pl.Expr, dtype: Any) -> pl.Expr:
+    if isinstance(dtype, (pl.Date, pl.Datetime)):
+        return value.cast(pl.String)
+    if isinstance(dtype, pl.Struct):
+        members = pl.struct(_dates_as_text(value.struct.field(f.name), f.dtype).alias(f.name) for f in dtype.fields)
+        return pl.when(value.is_not_null()).then(members)
+    if isinstance(dtype, pl.List):
+        return value.list.eval(_dates_as_text(pl.element(), dtype.inner))
+    return value
 
 
 def _sample(contract: Contract[Any], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def _total(lazy: pl.LazyFrame, spoiled: Sequence[pl.Expr]) -> int:
     return int(lazy.select(pl.any_horizontal(spoiled).sum()).collect(engine="streaming").item())
 
 
-# --- what only pydantic can say ------------------------------------------------------------------------------------------------------------
+# --- what only pydantic can say -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -272,6 +277,3 @@ def _rule_of(error: Mapping[str, Any], column: str | None) -> tuple[str, str | N
     else:
         words = _SAME_WORDS.get(error["type"], error["type"])
     return f"{path or 'record'}: {words}", column or (str(error["loc"][0]) if error["loc"] else None)
-
-
-__all__ = ["Field", "Judge", "check"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from dagster_mao.contract._contract import Contract
-from dagster_mao.contract._types import Type, spell
+from dagster_mao.contract._types import Type, dtype_text, spell
 
 
 class Column(NamedTuple):
@@ -22,7 +22,7 @@ class Column(NamedTuple):
 def columns(contract: Contract[Any]) -> list[Column]:
     """The contract's columns in order, for a column schema."""
     return [
-        Column(f.name, str(f.type.dtype), f.description, _words(contract, f.name, f.type), f.type.nullable, f.personal)
+        Column(f.name, dtype_text(f.type.dtype), f.description, _words(contract, f.name, f.type), f.type.nullable, f.personal)
         for f in contract.fields
     ]
 

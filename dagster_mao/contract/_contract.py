@@ -16,7 +16,7 @@ from pydantic_core import SchemaValidator
 from dagster_mao.contract._check import Judge, check, conformed, schema_failures
 from dagster_mao.contract._markers import Key
 from dagster_mao.contract._rules import Rule, rules_of
-from dagster_mao.contract._types import Field, Type, definitions_of, encoded, fields_of, has_model_validators
+from dagster_mao.contract._types import Field, Type, definitions_of, dtype_text, encoded, fields_of, has_model_validators
 from dagster_mao.contract._verdict import Verdict, plain
 from dagster_mao.errors import ContractDefinitionError, InvalidRecordsError
 
@@ -94,7 +94,7 @@ class Contract(Generic[M]):
     # --- what it says ------------------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """The contract as JSON-able data: name, version, key, fields with their types and constraints, and whether validators judge too."""
+        """The contract as JSON-able data: name, version, key, fields with types and constraints, and whether validators judge too."""
         return {
             "name": self.name,
             "version": self.version,
@@ -105,7 +105,7 @@ class Contract(Generic[M]):
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) over what the contract demands. Descriptions and docstrings are no part of it; Python and pydantic releases neither."""
+        """sha256 (hex) over what the contract demands: no descriptions, nothing that changes with a release of Python or pydantic."""
         canonical = json.dumps(_without_descriptions(self.describe()), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -114,9 +114,9 @@ class Contract(Generic[M]):
     def check(self, frame: pl.LazyFrame | pl.DataFrame, *, samples: int = 5, exact: bool = False) -> Verdict:
         """Judge a batch: columns, every rule, the key's uniqueness. Up to `samples` records are shown per broken rule.
 
-        The verdict on a row is pydantic's verdict on the record. A column has the declared type exactly, or holds nothing but nulls in a field that
-        may be null. `exact` refuses columns that the contract does not have. A batch that passes is read once, streaming, so that it may be
-        larger than memory; with validators that only pydantic can run, once more, in chunks.
+        The verdict on a row is pydantic's verdict on the record. A column has the declared type exactly, or holds nothing but nulls in a
+        field that may be null. `exact` refuses columns that the contract does not have. A batch that passes is read once, streaming, so that
+        it may be larger than memory; with validators that only pydantic can run, once more, in chunks. It changes no value.
         """
         return check(self, frame, samples, exact)
 
@@ -130,9 +130,10 @@ class Contract(Generic[M]):
         return conformed(frame, present, self.schema).select(self.schema.names())
 
     def to_frame(self, records: Iterable[M | Mapping[str, Any]]) -> pl.DataFrame:
-        """Records as columns of the exact schema. Mappings are validated by pydantic on the way; models are taken as they are, for `check` to judge.
+        """Records as columns of the exact schema.
 
-        Raises InvalidRecordsError naming position and field (never the value) of a record that pydantic refuses or that a column cannot hold.
+        Mappings are validated by pydantic on the way; models are taken as they are, for `check` to judge. Raises InvalidRecordsError naming
+        position and field (never the value) of a record that pydantic refuses or that a column cannot hold.
         """
         frames, position, rest = [], 0, iter(records)
         while chunk := list(itertools.islice(rest, CHUNK)):
@@ -167,7 +168,7 @@ class Contract(Generic[M]):
         except Exception:
             # Text that is no UTF-8 (a lone surrogate), say. Its message would show the value.
             i = next((i for i, v in enumerate(values) if not _holds(v, field.type)), 0)
-            raise self._unfit(field, start + i, f"does not fit the column type {field.type.dtype}") from None
+            raise self._unfit(field, start + i, f"does not fit the column type {dtype_text(field.type.dtype)}") from None
 
     def _unfit(self, field: Field, position: int, why: str) -> InvalidRecordsError:
         return InvalidRecordsError(
@@ -175,7 +176,10 @@ class Contract(Generic[M]):
         )
 
     def from_frame(self, frame: pl.DataFrame) -> Iterator[M]:
-        """The rows as validated models, one by one. Raises InvalidRecordsError: wrong columns, or the position and field of a row that pydantic refuses."""
+        """The rows as validated models, one by one.
+
+        Raises InvalidRecordsError: wrong columns, or a row that pydantic refuses, by position and field.
+        """
         rows = self.select(frame.lazy()).collect()
         validate = _validator(self.model)
         for position, row in enumerate(rows.iter_rows(named=True)):
@@ -206,14 +210,14 @@ def _refused(position: int, name: str, refused: ValidationError) -> InvalidRecor
 
 
 def _validator(model: type[M]) -> Any:
-    # The column types were compared exactly, so lax mode converts nothing but representations: the text of a UUID, the value of an Enum. Columns are
-    # named by fields, whatever the aliases.
+    # The column types were compared exactly, so lax mode converts representations only: the text of a UUID, the value of an Enum. Columns
+    # have the names of the fields, whatever the aliases.
     core = model.__pydantic_validator__
     return lambda row: core.validate_python(row, strict=False, by_name=True, by_alias=False)
 
 
 def _judges(model: type[BaseModel], fields: tuple[Field, ...]) -> Iterator[Judge]:
-    """Who decides what polars cannot: nobody, one judge for each such field, or one for the whole record where fields depend on each other."""
+    """Who decides what polars cannot: nobody, one judge per such field, or one for the whole record where fields depend on each other."""
     core: Any = model.__pydantic_core_schema__
     definitions = definitions_of(core)
     while core["type"] in {"definitions", "definition-ref"}:
@@ -259,7 +263,7 @@ def _describe_field(field: Field) -> dict[str, Any]:
 def _describe(node: Type) -> dict[str, Any]:
     described: dict[str, Any] = {
         "type": node.name,
-        "dtype": str(node.dtype),
+        "dtype": dtype_text(node.dtype),
         "nullable": node.nullable,
         "constraints": {name: _canonical(value, node) for name, value in node.constraints.items()},
         "validators": not node.exact,

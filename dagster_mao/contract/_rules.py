@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from dagster_mao.contract._types import INT64, Field, Type, spell
+from dagster_mao.contract._types import Field, Type, fits_64_bits, spell
 
 UNIQUE = "unique"
 CALENDAR = ": year 1 to 9999"
@@ -43,7 +43,7 @@ def _broken(node: Type, value: pl.Expr, path: str, parent: pl.Expr | None = None
     if not node.nullable:
         # The member of a struct that is null is null too, and that is not its fault.
         yield f"{path}: not null", value.is_null() if parent is None else parent.is_not_null() & value.is_null()
-    for name, limit in node.constraints.items():
+    for name, limit in node.constraints.items() if node.exact else ():
         if (compiler := _CONSTRAINTS.get(name)) is not None and (broken := compiler(value, limit, node)) is not None:
             yield f"{path}: {spell(name, limit)}", broken
     if (natural := _NATURAL.get(node.name)) is not None:
@@ -68,7 +68,7 @@ def _literal(limit: Any, node: Type) -> pl.Expr:
 
 def _bound(keeps: Callable[[pl.Expr, pl.Expr], pl.Expr]) -> Compiler:
     def compile_bound(value: pl.Expr, limit: Any, node: Type) -> pl.Expr | None:
-        if node.name == "int" and limit not in INT64:
+        if node.name == "int" and not fits_64_bits(limit):
             return None  # beyond all that a column holds, on the harmless side: the other side was refused at definition
         broken = ~keeps(value, _literal(limit, node))
         # NaN is above every number for polars; to pydantic, as to IEEE, it keeps no bound.
@@ -78,7 +78,7 @@ def _bound(keeps: Callable[[pl.Expr, pl.Expr], pl.Expr]) -> Compiler:
 
 
 def _multiple_of(value: pl.Expr, limit: Any, node: Type) -> pl.Expr | None:
-    return value % limit != 0 if limit in INT64 else value != 0
+    return value % limit != 0 if fits_64_bits(limit) else value != 0
 
 
 def _length(value: pl.Expr, node: Type) -> pl.Expr:

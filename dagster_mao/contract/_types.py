@@ -1,8 +1,8 @@
 """From a pydantic model to a tree of types, each with its column type, its constraints, and whether polars can judge it.
 
-The tree is read from the model's core schema, the form that pydantic itself validates by: there `Optional[conint(ge=5)]`, `Interval`, config
-limits and the rest have become one thing, and a node that is not known here is seen as such. Nothing unknown is ever taken for "any value":
-it is judged by pydantic, row by row (`exact` False), or, where no Delta column can hold it, refused when the contract is defined.
+The tree is read from the model's core schema, the form that pydantic itself validates by: there `Optional[conint(ge=5)]`, `Interval` and
+config limits have become one thing, and a node that is not known here is seen as such. Nothing unknown is ever taken for "any value": it is
+judged by pydantic, row by row (`exact` False), or, where no Delta column can hold it, refused when the contract is defined.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from dagster_mao.contract._markers import Personal
 from dagster_mao.errors import ContractDefinitionError
 
-INT64 = range(-(2**63), 2**63)
+BOUNDS = ("gt", "ge", "lt", "le")
 UTC = pl.Datetime("us", "UTC")
 NAIVE = pl.Datetime("us")
 DECIMAL_SCALE = 18  # of a Decimal that does not say its decimal_places: twenty digits before the point, eighteen after
@@ -40,7 +40,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Type:
-    """What a column holds. `exact` says that polars' verdict over `constraints` is pydantic's; `encode` makes the column's value of Python's."""
+    """What a column holds. `exact`: polars' verdict over `constraints` is pydantic's. `encode` makes the column's value of Python's."""
 
     name: str
     dtype: pl.DataType
@@ -159,7 +159,8 @@ def _model(schema: Mapping[str, Any], scope: _Scope) -> Type:
     while schema["type"] in {"definitions", "function-before", "function-after", "function-wrap"}:
         schema = schema["schema"]
     if schema["type"] == "definition-ref":
-        return _model(scope.definitions[schema["schema_ref"]], scope)
+        ref = schema["schema_ref"]
+        return _model(scope.definitions[ref], replace(scope, seen=scope.seen | {ref}))
     if schema["type"] != "model" or schema.get("root_model"):
         scope.refuse("this is no model with fields", "use a pydantic BaseModel with fields (not a RootModel)")
     model, config = schema["cls"], schema.get("config", {})
@@ -204,15 +205,13 @@ def _tuple(schema: Mapping[str, Any], scope: _Scope) -> Type:
 
 # --- scalars ---------------------------------------------------------------------------------------------------------------------------
 
-_BOUNDS = ("gt", "ge", "lt", "le")
-
 
 def _int(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    return Type("int", pl.Int64(), _encode_int, _some(schema, *_BOUNDS, "multiple_of"))
+    return Type("int", pl.Int64(), _encode_int, _some(schema, *BOUNDS, "multiple_of"))
 
 
 def _float(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    constraints = _some(schema, *_BOUNDS, "multiple_of")
+    constraints = _some(schema, *BOUNDS, "multiple_of")
     if schema.get("allow_inf_nan", scope.config.get("allow_inf_nan", True)) is False:
         constraints["finite"] = True
     # pydantic takes the remainder with C's fmod; polars computes x - floor(x/m)*m, which is another number for large x.
@@ -250,7 +249,7 @@ def _bytes(schema: Mapping[str, Any], scope: _Scope) -> Type:
 
 
 def _date(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    constraints = _some(schema, *_BOUNDS, "now_op")
+    constraints = _some(schema, *BOUNDS, "now_op")
     return Type("date", pl.Date(), _encode_date, constraints, exact="now_op" not in constraints)
 
 
@@ -259,22 +258,22 @@ def _datetime(schema: Mapping[str, Any], scope: _Scope) -> Type:
     zone = schema.get("tz_constraint", "aware")
     if zone not in {"aware", "naive"}:
         scope.refuse("a column cannot hold one offset only", "use AwareDatetime; it is stored as the same instant in UTC")
-    constraints = _some(schema, *_BOUNDS, "now_op")
-    comparable = all((constraints[b].tzinfo is not None) == (zone == "aware") for b in _BOUNDS if b in constraints)
+    constraints = _some(schema, *BOUNDS, "now_op")
+    comparable = all((constraints[b].tzinfo is not None) == (zone == "aware") for b in BOUNDS if b in constraints)
     dtype, encode = (UTC, _encode_aware) if zone == "aware" else (NAIVE, _encode_naive)
     return Type("datetime", dtype, encode, constraints, exact=comparable and "now_op" not in constraints)
 
 
 def _decimal(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    constraints = _some(schema, *_BOUNDS, "multiple_of", "max_digits", "decimal_places")
+    constraints = _some(schema, *BOUNDS, "multiple_of", "max_digits", "decimal_places")
     scale = constraints.get("decimal_places", DECIMAL_SCALE)
     digits = constraints.get("max_digits")
     if scale > 38 or (digits or 0) > 38:
         scope.refuse("a Delta decimal has at most 38 digits", "set max_digits and decimal_places to at most 38, or use str")
-    for bound in _BOUNDS:
+    for bound in BOUNDS:
         if bound in constraints:
             constraints[bound] = decimal.Decimal(str(constraints[bound]))
-    exact = "multiple_of" not in constraints and all(_has_scale(constraints[b], scale) for b in _BOUNDS if b in constraints)
+    exact = "multiple_of" not in constraints and all(_has_scale(constraints[b], scale) for b in BOUNDS if b in constraints)
     exact = exact and (digits is None or ("decimal_places" in constraints and digits >= scale))
     return Type("decimal", pl.Decimal(38, scale), _encode_decimal(scale), constraints, exact=exact)
 
@@ -313,7 +312,7 @@ def _one_of(members: Iterable[Any], scope: _Scope) -> Type:
     if len(kinds) != 1 or not kinds <= dtypes.keys():
         scope.refuse("its values are not all str, all int or all bool", "give all members one type")
     kind = kinds.pop()
-    if kind is int and not all(v in INT64 for v in values):
+    if kind is int and not all(fits_64_bits(v) for v in values):
         scope.refuse("a value does not fit 64 bits", "use str")
     return Type("enum", dtypes[kind], _encode_member(kind), {"one_of": sorted(values)}, nullable=nullable)
 
@@ -354,30 +353,50 @@ _COMPILERS: dict[str, Callable[[Mapping[str, Any], _Scope], Type]] = {
 
 def interval(constraints: Mapping[str, Any], *, whole: bool) -> tuple[Any, bool, Any, bool]:
     """The bounds as (lower, lower is excluded, upper, upper is excluded); None is unbounded. `whole` numbers have closed bounds."""
-    lower, below, upper, above = constraints.get("ge"), False, constraints.get("le"), False
+    lower, upper = constraints.get("ge"), constraints.get("le")
+    below = above = False
     if (gt := constraints.get("gt")) is not None and (lower is None or gt >= lower):
         lower, below = gt, True
     if (lt := constraints.get("lt")) is not None and (upper is None or lt <= upper):
         upper, above = lt, True
-    if whole:
-        lower, below = (lower + 1 if below else lower), False
-        upper, above = (upper - 1 if above else upper), False
+    if whole and below and lower is not None:
+        lower, below = lower + 1, False
+    if whole and above and upper is not None:
+        upper, above = upper - 1, False
     return lower, below, upper, above
 
 
 def _admitting(node: Type, scope: _Scope) -> Type:
     constraints = node.constraints
-    if any(b in constraints for b in _BOUNDS):
+    if any(b in constraints for b in BOUNDS):
         lower, below, upper, above = interval(constraints, whole=node.name == "int")
         if lower is not None and upper is not None and (lower > upper or (lower == upper and (below or above))):
             scope.refuse(f"the bounds admit nothing ({spelled(constraints)})", "swap or widen them")
-        if any(isinstance(constraints.get(b), float) and math.isnan(constraints[b]) for b in _BOUNDS):
+        if any(isinstance(constraints.get(b), float) and math.isnan(constraints[b]) for b in BOUNDS):
             scope.refuse("a bound that is NaN admits nothing", "use a number")
         if node.name == "int" and ((lower is not None and lower >= 2**63) or (upper is not None and upper < -(2**63))):
             scope.refuse(f"the bounds admit nothing that fits 64 bits ({spelled(constraints)})", "widen them, or use str")
     if constraints.get("min_length", 0) > constraints.get("max_length", math.inf):
         scope.refuse(f"the lengths admit nothing ({spelled(constraints)})", "swap or widen them")
     return node
+
+
+def fits_64_bits(value: int) -> bool:
+    """Whether an Int64 column holds the number."""
+    return -(2**63) <= value < 2**63
+
+
+def dtype_text(dtype: Any) -> str:
+    """A column type in words of our own: they are part of a contract's hash, and polars may spell its types anew."""
+    if isinstance(dtype, pl.Struct):
+        return "Struct(" + ", ".join(f"{f.name}: {dtype_text(f.dtype)}" for f in dtype.fields) + ")"
+    if isinstance(dtype, pl.List):
+        return f"List({dtype_text(dtype.inner)})"
+    if isinstance(dtype, pl.Datetime):
+        return f"Datetime({dtype.time_unit}" + (f", {dtype.time_zone})" if dtype.time_zone else ")")
+    if isinstance(dtype, pl.Decimal):
+        return f"Decimal({dtype.precision}, {dtype.scale})"
+    return str(dtype)
 
 
 def spelled(constraints: Mapping[str, Any]) -> str:
@@ -397,8 +416,8 @@ def spell(name: str, value: Any) -> str:
 
 
 # --- from Python's values to the column's ----------------------------------------------------------------------------------------------
-# polars casts in silence where it builds a column (Decimal("1.005") to 1.00, 2.5 to 2 inside a struct, naive to UTC, True to 1), so that each
-# value's type is looked at here. What does not fit raises TypeError or ValueError whose text never shows the value.
+# polars casts in silence where it builds a column (Decimal("1.005") to 1.00, 2.5 to 2 inside a struct, naive to UTC, True to 1), so each
+# value's type is looked at here. What does not fit raises TypeError or ValueError; the text never shows the value.
 
 
 def _encode_exactly(kind: type) -> Callable[[Any], Any]:
@@ -416,7 +435,7 @@ def _encode_exactly(kind: type) -> Callable[[Any], Any]:
 def _encode_int(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"is {_kind(value)}, not int")
-    if value not in INT64:
+    if not fits_64_bits(value):
         raise ValueError("does not fit 64 bits")
     return int(value)
 
