@@ -56,7 +56,8 @@ class Attempt:
     def __init__(self, objects: Objects, log: StateLog, pins: Pins, *, run_id: str, lineage: tuple[str, ...]) -> None:
         self._objects, self._log, self._pins = objects, log, pins
         self.run_id, self._lineage = run_id, frozenset(lineage)
-        self._seen: list[Seal] = log.seals(pins.workflow_id)
+        self._table = log.open()
+        self._seen: list[Seal] = log.seals(pins.workflow_id, self._table)
 
     @property
     def id(self) -> str:
@@ -182,7 +183,8 @@ class Attempt:
             self._objects.adopt(staged.file, path)
             return _next(seen, {**row, "path": path})
 
-        seal = self._log.append(self.workflow_id, self._seen, make)
+        seal = self._log.append(self.workflow_id, self._seen, make, self._table)
+        self._table = None  # it has moved
         self._seen = self._log.seals(self.workflow_id) if reused or seal.version != len(self._seen) else [*self._seen, seal]
         projection.add([s for s in self._seen if s.agent == agent and s.digest], schema)
         return seal, reused

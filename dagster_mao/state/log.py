@@ -13,9 +13,9 @@ import polars as pl
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction
+from deltalake.transaction import AddAction, RemoveAction
 
-from dagster_mao.errors import StoreError, TamperedError
+from dagster_mao.errors import MaoError, StoreError, TamperedError
 from dagster_mao.state.objects import Objects, reaching
 from dagster_mao.state.seal import Seal
 
@@ -70,6 +70,7 @@ _PROPERTIES = {
 }
 _COMPACT_TARGET_BYTES = 4 << 20  # files that reach it are left alone, so one compaction rewrites no more than this and the small ones
 _VACUUM_EVERY = 500
+_COMPACTION = "compaction"  # no workflow id: those have a slash
 _TRIES = 1000
 
 logger = logging.getLogger("dagster_mao.state")
@@ -112,7 +113,7 @@ class StateLog:
         for last in (False, False, True):
             table = table or self.open()
             try:
-                rows = self.scan(table).filter(pl.col("workflow_id") == workflow_id).sort("version").collect()
+                rows = self._files(table).filter(pl.col("workflow_id") == workflow_id).sort("version").collect()
                 return [Seal.model_validate(row) for row in rows.iter_rows(named=True)]
             except (OSError, pl.exceptions.ComputeError) as error:
                 # Compaction and vacuum may take a file away under an old handle.
@@ -123,27 +124,40 @@ class StateLog:
                 table = None
         return []
 
-    def append(self, workflow_id: str, seen: Sequence[Seal], make: Callable[[Sequence[Seal]], Seal]) -> Seal:
+    def _files(self, table: DeltaTable | None) -> pl.LazyFrame:
+        """The same rows as `scan`, without what a general Delta reader does first: this table has no partitions and deletes nothing."""
+        files = [] if table is None else table.file_uris()
+        if not files:
+            return pl.LazyFrame(schema=SCHEMA)
+        return pl.scan_parquet(files, storage_options=self._objects.storage_options or None)
+
+    def append(
+        self, workflow_id: str, seen: Sequence[Seal], make: Callable[[Sequence[Seal]], Seal], table: DeltaTable | None = None
+    ) -> Seal:
         """Appends the row that `make` builds on the workflow's seals, as their one next version.
 
         `make` is called again on what won whenever another writer was first. It raises to give up, and returns a seal that is there already
         to say that nothing needs to be appended. `seen` is what the caller last read: while the head has not moved, the log is not read
-        again.
+        again. `table` is the handle that it was read by, which the first try then goes through: a key that moved since shows as a conflict.
         """
+        mismatches = 0
         for _ in range(_TRIES):
-            table = self.open() or self._create()
+            table = table or self.open() or self._create()
             head = table.transaction_version(workflow_id)
-            if head is None and seen:
-                raise _damaged(workflow_id)
-            if (-1 if head is None else head) != len(seen) - 1:
+            length = 0 if head is None else head + 1
+            if length != len(seen):
                 seen = self.seals(workflow_id, table)
-            if len(seen) - 1 != (-1 if head is None else head):
-                raise _damaged(workflow_id)
+            if length != len(seen):
+                # Rows that a compaction took from under the handle were read at a later version. Twice in a row it is damage.
+                mismatches += 1
+                if mismatches == 3:
+                    raise _damaged(workflow_id)
+                table = None
+                continue
             seal = make(seen)
-            if seal.version < len(seen):
+            if seal.version < len(seen) or self._commit(table, seal):
                 return seal
-            if self._commit(table, seal):
-                return seal
+            table = None
         raise StoreError(f"No seal got through in {_TRIES} tries", workflow=workflow_id, fix="fewer writers on one workflow")
 
     def _create(self) -> DeltaTable:
@@ -158,14 +172,7 @@ class StateLog:
 
     def _commit(self, table: DeltaTable, seal: Seal) -> bool:
         """True when the row landed; False when it may not have: the caller looks."""
-        row = pl.DataFrame([seal.model_dump()], schema=SCHEMA)
-        buffer = io.BytesIO()
-        row.write_parquet(buffer)
-        name = f"{uuid.uuid4().hex}.parquet"
-        self._objects.put(f"{_PATH}/{name}", buffer.getvalue())
-        bounds = {"workflow_id": seal.workflow_id, "version": seal.version, "agent": seal.agent, "pipeline": seal.pipeline}
-        stats = {"numRecords": 1, "minValues": bounds, "maxValues": bounds, "nullCount": dict.fromkeys(bounds, 0)}
-        add = AddAction(name, len(buffer.getvalue()), {}, int(time.time() * 1000), True, json.dumps(stats))
+        add = self._write(pl.DataFrame([seal.model_dump()], schema=SCHEMA), new=True)
         try:
             table.create_write_transaction(
                 [add],
@@ -185,15 +192,55 @@ class StateLog:
             self._maintain(vacuum=version % _VACUUM_EVERY == 0)
         return True
 
+    def _write(self, rows: pl.DataFrame, *, new: bool) -> AddAction:
+        """Writes a data file of the log, durably, and returns the action that would make it part of the log."""
+        buffer = io.BytesIO()
+        rows.write_parquet(buffer)
+        data, name = buffer.getvalue(), f"{uuid.uuid4().hex}.parquet"
+        self._objects.put(f"{_PATH}/{name}", data)
+        indexed = rows.select("workflow_id", "version", "agent", "pipeline")
+        stats = {
+            "numRecords": rows.height,
+            "minValues": indexed.min().row(0, named=True),
+            "maxValues": indexed.max().row(0, named=True),
+            "nullCount": dict.fromkeys(indexed.columns, 0),
+        }
+        return AddAction(name, len(data), {}, _now_ms(), new, json.dumps(stats))
+
     def _maintain(self, *, vacuum: bool) -> None:
         try:
             table = DeltaTable(self.uri, storage_options=self._objects.storage_options)
-            table.optimize.compact(target_size=_COMPACT_TARGET_BYTES)
+            self._compact(table)
             table.create_checkpoint()
             if vacuum:
                 table.vacuum(retention_hours=1, enforce_retention_duration=False, dry_run=False)
-        except (DeltaError, OSError) as error:
+        except (DeltaError, OSError, MaoError, pl.exceptions.ComputeError) as error:
             logger.warning("housekeeping of the state log was put off: %s", error)  # the next seal's turn
+
+    def _compact(self, table: DeltaTable) -> None:
+        """Merges the small files into one, as a transaction of its own: of two compactions at once, one loses.
+
+        Delta's own `optimize.compact` does not look for another compaction: both land, and every row is there twice.
+        """
+        files = pl.DataFrame(table.get_add_actions(flatten=True))
+        small = files.filter(pl.col("size_bytes") < _COMPACT_TARGET_BYTES)
+        if small.height < _CHECKPOINT_EVERY // 2:
+            return
+        names = small["path"].to_list()
+        urls = [f"{self.uri}/{name}" for name in names]
+        rows = pl.read_parquet(urls, storage_options=self._objects.storage_options or None).sort("workflow_id", "version")
+        removes = [RemoveAction(name, False, _now_ms()) for name in names]
+        turn = (table.transaction_version(_COMPACTION) or 0) + 1
+        table.create_write_transaction(
+            [*removes, self._write(rows, new=False)],
+            "append",
+            table.schema(),
+            commit_properties=CommitProperties(app_transactions=[Transaction(_COMPACTION, turn)], max_commit_retries=1000),
+        )
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _damaged(workflow_id: str) -> TamperedError:

@@ -56,6 +56,7 @@ class Objects:
             self.local = Path(text).expanduser().absolute()
         if self.local is not None and self.local.exists() and not self.local.is_dir():
             raise StoreError(f"The root of the state store is a file: {self.local}", fix="give a folder")
+        self._flushed: set[Path] = set()
         self.root = str(self.local) if self.local is not None else text.rstrip("/")
 
     @cached_property
@@ -155,15 +156,16 @@ class Objects:
             self.sync(path)
 
     def sync(self, path: str) -> None:
-        """Flushes a local file and every folder from it up to the root to the disk."""
+        """Flushes a local file to the disk, its folder's entry of it, and the entries of folders that this process has not flushed yet."""
         if self.local is None:
             return
         target = self.local / path
         _fsync(target)
         for folder in target.parents:
             _fsync(folder)
-            if folder == self.local:
+            if folder in self._flushed or folder == self.local.parent:
                 break
+            self._flushed.add(folder)
 
 
 def _link(file: Path, target: Path) -> None:

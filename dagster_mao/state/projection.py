@@ -42,6 +42,7 @@ class Projection:
 
     def __init__(self, objects: Objects, table: str) -> None:
         self._objects, self.path, self.uri = objects, table, objects.url(table)
+        self._table: DeltaTable | None = None
 
     def open(self) -> DeltaTable | None:
         with reaching(self._objects.root):
@@ -52,7 +53,7 @@ class Projection:
 
     def admit(self, schema: pl.Schema, agent: str) -> None:
         """Raises `IncompatibleContractError` when rows of this schema cannot stand beside those already in the table."""
-        table = self.open()
+        self._table = table = self.open()
         if table is None:
             return
         held, wanted = _types(table.schema()), _types(_delta_schema(schema))
@@ -79,7 +80,7 @@ class Projection:
             logger.warning("the table %s is behind the state log: %s", self.path, error)
 
     def _try_add(self, seals: Sequence[Seal], schema: pl.Schema) -> bool:
-        table = self.open() or self._create(schema)
+        table, self._table = self._table or self.open() or self._create(schema), None
         workflow = seals[-1].workflow_id
         done = table.transaction_version(workflow)
         missing = [seal for seal in seals if done is None or seal.version > done]

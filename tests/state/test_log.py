@@ -1,0 +1,164 @@
+"""The log under pressure: lost acknowledgements, housekeeping at the wrong moment, damage, roots that are no roots."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import polars as pl
+import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+from scenario import complete, join, rows, seal
+
+from dagster_mao.errors import PinError, StoreError, TamperedError, UnknownVersionError
+from dagster_mao.state import StateStore
+from dagster_mao.state.log import StateLog
+from dagster_mao.state.objects import Objects, safe_name
+
+
+def test_reading_an_empty_store_creates_nothing(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "state")
+    assert store.seals("credit/day") == []
+    assert store.workflows() == []
+    assert not store.exists()
+    assert store.log().collect().is_empty()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_version_says_what_there_is(local_store: StateStore) -> None:
+    complete(local_store, "run-1")
+    with pytest.raises(UnknownVersionError, match="versions 0 to 2"):
+        local_store.seal_at("credit/day", 9)
+
+
+def test_a_commit_that_landed_without_its_acknowledgement_is_found_and_not_repeated(
+    local_store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = StateLog._commit
+
+    def unanswered(self: StateLog, *given: object) -> bool:
+        commit(self, *given)  # type: ignore[arg-type]
+        monkeypatch.setattr(StateLog, "_commit", commit)
+        return False
+
+    monkeypatch.setattr(StateLog, "_commit", unanswered)
+    sealed = seal(local_store, join(local_store, "run-1"), "applications")
+    assert [s.seal_digest for s in local_store.seals("credit/day")] == [sealed.seal_digest]
+
+
+def test_a_compaction_and_a_vacuum_between_pin_and_seal_do_no_harm(local_store: StateStore) -> None:
+    entry = seal(local_store, join(local_store, "run-1"), "applications")
+    attempt = join(local_store, "run-1")
+    for n in range(25):  # past a checkpoint and a compaction
+        seal(local_store, join(local_store, f"other-{n}", key=f"day-{n}"), "applications")
+    DeltaTable(local_store._log.uri).vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
+    assert seal(local_store, attempt, "score", parents=[entry]).version == 1
+    assert len(local_store.log().collect()) == 27
+
+
+def test_the_log_keeps_itself_small(local_store: StateStore) -> None:
+    for n in range(45):
+        seal(local_store, join(local_store, f"run-{n}", key=f"day-{n}"), "applications")
+    files = DeltaTable(local_store._log.uri).file_uris()
+    assert len(files) < 25
+    assert len(local_store.workflows()) == 45
+
+
+def test_housekeeping_that_fails_does_not_fail_the_seal(
+    local_store: StateStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise DeltaError("no")
+
+    monkeypatch.setattr(StateLog, "_compact", broken)
+    with caplog.at_level(logging.WARNING, "dagster_mao.state"):
+        for n in range(20):
+            seal(local_store, join(local_store, f"run-{n}", key=f"day-{n}"), "applications")
+    assert "put off" in caplog.text
+
+
+def test_a_removed_row_stops_the_next_seal(local_store: StateStore) -> None:
+    complete(local_store, "run-1")
+    handle = DeltaTable(local_store._log.uri)
+    handle.alter.set_table_properties({"delta.appendOnly": "false"})
+    DeltaTable(local_store._log.uri).delete("version = 1")
+    with pytest.raises(TamperedError, match="lost or gained rows"):
+        seal(local_store, join(local_store, "run-2"), "applications")
+
+
+def test_a_rewritten_row_is_not_pinned(local_store: StateStore) -> None:
+    complete(local_store, "run-1")
+    DeltaTable(local_store._log.uri).alter.set_table_properties({"delta.appendOnly": "false"})
+    DeltaTable(local_store._log.uri).update(updates={"row_count": "7"}, predicate="version = 1")
+    with pytest.raises(TamperedError, match="rewritten"):
+        join(local_store, "run-2", plan=["fraud"]).pin("score")
+
+
+def test_a_damaged_log_is_an_error_and_not_an_empty_one(local_store: StateStore) -> None:
+    complete(local_store, "run-1")
+    for file in (local_store.objects.local / "state_log" / "_delta_log").iterdir():
+        file.unlink()
+    with pytest.raises(StoreError, match="state store at"):
+        local_store.seals("credit/day")
+
+
+def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+    with pytest.raises(StoreError, match="is a file"):
+        StateStore(tmp_path / "state")
+
+
+def test_a_root_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="state store at"):
+        complete(StateStore(tmp_path / "file" / "below"), "run-1")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_root_says_so(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreError, match="writable"):
+        complete(StateStore(tmp_path / "state"), "run-1")
+
+
+def test_a_bucket_that_is_not_there_says_so(s3: dict[str, str]) -> None:
+    with pytest.raises(StoreError, match="s3://nowhere/state"):
+        StateStore("s3://nowhere/state", s3).seals("credit/day")
+
+
+def test_keys_never_leave_the_root(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "state")
+    for key in ("../../outside", "/etc/passwd", "..", ".", "a/../../b", "\n", "C:\\x"):
+        entry = seal(store, join(store, "../run", key=key), "applications")
+        assert store.read(entry).collect().equals(rows(1.0))
+    assert {path.name for path in tmp_path.iterdir()} == {"state"}
+    assert {path.name for path in (tmp_path / "state").iterdir()} == {"state_log", "tables", "attempts", ".staging"}
+
+
+def test_a_key_too_long_for_a_folder_is_refused_before_anything_is_written(local_store: StateStore) -> None:
+    with pytest.raises(PinError, match="shorten the key"):
+        join(local_store, "run-1", key="x" * 300)
+
+
+def test_safe_names_differ_for_different_texts() -> None:
+    texts = ["a", "a/b", "a-b", "a b", "", "..", "a/../b", "é", "É"]
+    names = {safe_name(text) for text in texts}
+    assert len(names) == len(texts)
+    assert all("/" not in name and ".." not in name and name for name in names)
+
+
+def test_put_if_absent_has_one_winner(store: StateStore) -> None:
+    assert store.objects.put_if_absent("attempts/one.json", b"first")
+    assert not store.objects.put_if_absent("attempts/one.json", b"second")
+    assert store.objects.get("attempts/one.json") == b"first"
+    assert not list(store.objects.list("nothing"))
+    assert Objects(store.root, store.objects.storage_options).size("attempts/one.json") == 5
+
+
+def test_any_delta_reader_opens_the_log(local_store: StateStore) -> None:
+    complete(local_store, "run-1")
+    log = pl.scan_delta(local_store._log.uri).sort("version").collect()
+    assert log["agent"].to_list() == ["applications", "score", "fraud"]
+    assert log["parents"].list.len().to_list() == [0, 1, 1]
