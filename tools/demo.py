@@ -19,13 +19,13 @@ from rich.table import Table
 from tools.home import ROOT, dagster_home
 
 DAY = "2026-01-01"
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> int:
-    started = time.monotonic()
     home = dagster_home()
     with one_at_a_time(home.parent / "demo.lock"):
+        started = time.monotonic()
         with console.status("Loading Dagster and the pipeline"):
             import dagster as dg
 
@@ -34,7 +34,11 @@ def main() -> int:
             succeeded = decide(instance, defs)
         if succeeded:
             report(home, defs)
-    console.print(f"{time.monotonic() - started:.0f} s in all." if succeeded else "The run failed: see above, or `make ui`.")
+    console.print(
+        f"{time.monotonic() - started:.0f} s in all."
+        if succeeded
+        else "Nothing more was sealed. `make ui` shows the run with all its details."
+    )
     return 0 if succeeded else 1
 
 
@@ -55,7 +59,7 @@ def decide(instance: Any, defs: Any) -> bool:
     import dagster as dg
 
     job = defs.resolve_implicit_global_asset_job_def()
-    run_id = str(uuid.uuid4())
+    run_id, failed = str(uuid.uuid4()), dict[str, str]()
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
         steps = progress.add_task(f"Deciding the applications of {DAY}", total=len(job.graph.node_dict))
 
@@ -65,9 +69,12 @@ def decide(instance: Any, defs: Any) -> bool:
                 progress.update(steps, description=event.step_key.removeprefix("credit__"))
             elif event is not None and event.event_type == dg.DagsterEventType.STEP_SUCCESS:
                 progress.advance(steps)
+            elif event is not None and event.event_type == dg.DagsterEventType.STEP_FAILURE:
+                failed[event.step_key] = event.step_failure_data.error.message.partition(": ")[2].strip()
 
         instance.add_event_listener(run_id, on_event)
-        quiet = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
+        # Dagster would print every failure several times over, with its stack; the UI has it all.
+        quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
         result = job.execute_in_process(quiet, instance=instance, partition_key=DAY, run_id=run_id, raise_on_error=False)
         progress.update(steps, description=f"The applications of {DAY}")
     checks = result.get_asset_check_evaluations()
@@ -75,6 +82,8 @@ def decide(instance: Any, defs: Any) -> bool:
     for check in checks:
         if not check.passed:
             console.print(f"  {check.severity.value} {check.asset_key.path[-1]}, {check.check_name}: {check.description}")
+    for step, why in failed.items():
+        console.print(f"{step} failed. {why}")
     return bool(result.success)
 
 
@@ -102,11 +111,13 @@ def report(home: Path, defs: Any) -> None:
     console.print(as_table(title, ["version", "agent", "rows", "sha256", "seconds"], sorted(rows)))
     console.print(as_table("Effects in the core bank", ["effect", "took effect", "DM", "asked for again"], bank.totals()))
     console.print(f"State:   {shown(STATE)}\nHistory: {shown(home)}\nBank:    {shown(bank.path)}\n")
-    console.print("Next:")
-    console.print("  make ui                                        the same in Dagster, at http://localhost:3000")
-    console.print(f"  .venv/bin/dagster-mao history credit/{DAY}   every version, from which parents")
-    console.print(f"  .venv/bin/dagster-mao show credit/{DAY} --record app-0001")
-    console.print("  .venv/bin/dagster-mao verify                   every digest, recomputed\n")
+    nexts = {
+        "make ui": "the same in Dagster, at http://localhost:3000",
+        f".venv/bin/dagster-mao history credit/{DAY}": "every version, and what it was made from",
+        f".venv/bin/dagster-mao show credit/{DAY} --record app-0001": "one application, through all agents",
+        ".venv/bin/dagster-mao verify": "every digest, recomputed",
+    }
+    console.print("Next:\n" + "".join(f"  {command:<64}{what}\n" for command, what in nexts.items()))
 
 
 def as_table(title: str, columns: list[str], rows: Any) -> Table:

@@ -10,9 +10,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def dagster_home() -> Path:
-    """The Dagster instance's directory, made and configured if it is not there yet; `DAGSTER_HOME` overrides it."""
-    home = Path(os.environ.setdefault("DAGSTER_HOME", str(ROOT / ".mao" / "dagster_home")))
-    home.mkdir(parents=True, exist_ok=True)
-    if not (home / "dagster.yaml").exists():
+    """The Dagster instance's directory, made and configured if it is not there yet.
+
+    `DAGSTER_HOME` overrides it; a directory that somebody else set up is left as it is.
+    """
+    own = ROOT / ".mao" / "dagster_home"
+    home = Path(os.environ.setdefault("DAGSTER_HOME", str(own)))
+    if home == own or not home.exists():
+        home.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "tools" / "dagster.yaml", home / "dagster.yaml")
     return home

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 import dagster_mao as mao
-from tools import install
+from tools import home, install
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,3 +130,11 @@ def test_an_install_that_fails_shows_why_and_is_tried_again(monkeypatch, tmp_pat
 def test_make_lists_what_it_can_do():
     said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {"make demo", "make test", "make ui"} <= {line.split("\t")[0].strip() for line in said.splitlines()}
+
+
+def test_somebody_elses_dagster_home_is_not_configured(monkeypatch, tmp_path):
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    assert home.dagster_home() == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "new"))
+    assert "nux" in (home.dagster_home() / "dagster.yaml").read_text()
