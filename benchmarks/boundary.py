@@ -2,7 +2,7 @@
 
     python benchmarks/boundary.py [records ...]
 
-Both do the same polars work and write the same six frames; the floor validates nothing, hashes nothing and keeps no log. Prints medians over
+Both do the same polars work and write the same six frames; the floor validates nothing, hashes nothing, keeps no log. Prints medians over
 interleaved repetitions, their ratio, and what a boundary costs beyond the floor.
 """
 
