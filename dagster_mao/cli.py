@@ -27,7 +27,7 @@ from dagster_mao.review.diff import Difference, diff
 from dagster_mao.review.history import facts, history, known, parse_reference, records, resolve, with_record
 from dagster_mao.state.seal import Seal
 from dagster_mao.state.store import StateStore
-from dagster_mao.state.verify import Anchor, Finding, Report, verify
+from dagster_mao.state.verify import Anchor, Finding, Report, pipelines, verify
 
 ROOT, HOME = "DAGSTER_MAO_ROOT", "DAGSTER_HOME"
 
@@ -41,8 +41,8 @@ class _Commands(TyperGroup):
         except MaoError as error:
             typer.echo(f"error: {_plain(error)}", err=True)
             raise typer.Exit(1) from None
-        except PanicException as error:
-            typer.echo(f"error: a file of the store is damaged: {_plain(error)}. Fix: `dagster-mao verify` says which", err=True)
+        except PanicException:  # how polars meets a Parquet file that was cut short; it has told the terminal already
+            typer.echo("error: a file of the store is damaged. Fix: `dagster-mao verify` says which", err=True)
             raise typer.Exit(1) from None
 
 
@@ -237,14 +237,7 @@ def _anchors(store: StateStore, dagster_home: str | None) -> tuple[str | None, l
         if not dagster_home and not is_home(Path(home).expanduser()):
             return home, None, f"there is no Dagster history at {home}"
         with opened(home) as instance:
-            return home, read_anchors(instance, _pipelines(store)), home
-
-
-def _pipelines(store: StateStore) -> list[str]:
-    try:
-        return [str(name) for name in store.log().select("pipeline").unique().collect()["pipeline"]]
-    except Exception:  # a damaged log is what verify is about to report
-        return []
+            return home, read_anchors(instance, pipelines(store)), home
 
 
 # What was asked for ---------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,12 @@ def applications(*amounts: float) -> pl.DataFrame:
     """The first record has the awkward key and personal values that no output may show."""
     keys = [MARKUP_KEY, *(f"A{i}" for i in range(2, len(amounts) + 1))]
     contacts = [{"phone": NESTED_SECRET, "city": "Arlington"} for _ in amounts]
-    schema = {"id": pl.String, "name": pl.String, "amount": pl.Float64, "contact": pl.Struct({"phone": pl.String, "city": pl.String})}
+    schema: dict[str, Any] = {
+        "id": pl.String,
+        "name": pl.String,
+        "amount": pl.Float64,
+        "contact": pl.Struct({"phone": pl.String, "city": pl.String}),
+    }
     return pl.DataFrame({"id": keys, "name": [SECRET] * len(keys), "amount": amounts, "contact": contacts}, schema=schema)
 
 

@@ -244,6 +244,17 @@ def test_verify_tells_a_damaged_log_without_a_traceback(root: Path, tmp_path: Pa
         assert stderr.count("\n") == 1
 
 
+def test_a_log_file_that_was_cut_short(root: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(root, tmp_path / "state"))
+    materialise(StateStore(root).seals(MONDAY), tmp_path / "home")
+    file = min((damaged / "state_log").glob("*.parquet"))
+    file.write_bytes(file.read_bytes()[:2000])
+    out = call("verify", "--root", damaged, "--dagster-home", tmp_path / "home", code=1).stdout
+    assert "log_unreadable  the state log: a file of the state log cannot be read" in out
+    assert f"state_log/{file.name}" in out
+    assert "error: " in call("history", "--root", damaged, code=1).stderr
+
+
 def test_verify_looks_into_a_store_that_lost_its_log(root: Path, tmp_path: Path) -> None:
     robbed = Path(shutil.copytree(root, tmp_path / "state"))
     shutil.rmtree(robbed / "state_log")

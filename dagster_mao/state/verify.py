@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 import polars as pl
 from deltalake import DeltaTable
+from polars.exceptions import PanicException
 from pydantic import ValidationError
 
 from dagster_mao.errors import MaoError, TamperedError, UnknownVersionError
@@ -135,6 +136,11 @@ def verify(store: StateStore, workflow: str | None = None, *, agent: str | None 
     )
 
 
+def pipelines(store: StateStore) -> set[str]:
+    """The pipelines that the log speaks of, as far as it can be read."""
+    return {seal.pipeline for seal in _read_log(store, None).seals}
+
+
 # The log --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +191,7 @@ def _rows(store: StateStore, table: DeltaTable, workflow: str | None) -> tuple[l
             rows += pl.read_parquet(io.BytesIO(store.objects.get(file))).filter(chosen).rows(named=True)
         except TamperedError:
             findings.append(Finding("log_unreadable", workflow, None, file, "a file of the state log is gone"))
-        except Exception as error:  # whatever damaged bytes make polars raise
+        except (Exception, PanicException) as error:  # whatever damaged bytes make polars raise
             findings.append(
                 Finding("log_unreadable", workflow, None, file, f"a file of the state log cannot be read: {_first_line(error)}")
             )
@@ -293,11 +299,10 @@ def _table(store: StateStore, path: str, log: _Log, workflow: str | None) -> tup
         what = error.what if isinstance(error, MaoError) else _first_line(error)
         return [Finding("table_unreadable", workflow, None, f"{path}/_delta_log", f"the agent's Delta table cannot be read: {what}")], []
     findings = _aliens(store, held, seals) if log.readable else []
-    added = {seal.workflow_id: -1 for seal in seals}
-    if table is not None:
-        added = {name: version for name in added if (version := table.transaction_version(name)) is not None}
-    removed = [seal for seal in seals if seal.path not in held and seal.version <= added.get(seal.workflow_id, -1)]
-    behind = [seal for seal in seals if seal.path not in held and seal.version > added.get(seal.workflow_id, -1)]
+    missing = [seal for seal in seals if seal.path not in held]
+    added = {seal.workflow_id: table.transaction_version(seal.workflow_id) if table is not None else None for seal in missing}
+    removed = [seal for seal in missing if (done := added[seal.workflow_id]) is not None and seal.version <= done]
+    behind = [seal for seal in missing if seal not in removed]
     findings += [
         _about(seal, "table_removed", "the agent's Delta table had this snapshot and no longer has it", seal.path) for seal in removed
     ]
@@ -416,7 +421,7 @@ def _about(seal: Seal, kind: FindingKind | WarningKind, detail: str, file: str =
     return Finding(kind, seal.workflow_id, seal.version, file, detail)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
