@@ -7,6 +7,7 @@ import pytest
 from dagster._core.event_api import PartitionKeyFilter
 
 from dagster_mao.dagster import StateStoreResource, build_definitions
+from dagster_mao.dagster.runs import ancestry
 from dagster_mao.state import StateStore
 from tests.dagster import loans
 from tests.dagster.loans import resources, write
@@ -50,6 +51,8 @@ def test_a_re_execution_from_failure_goes_on_with_the_attempt(desk, instance):
     (desk / "outage").touch()
     first = execute(loans.loans_job, instance)
     assert not first.success
+    skipped = {event.step_key for event in first.all_events if event.event_type_value == "STEP_SKIPPED"}
+    assert skipped == {"loans__approval", "loans__chain_integrity"}
     workflow, seals = only_workflow(desk)
     assert {seal.agent for seal in seals} == {"applications", "verified_income"}
     assert store(desk).effective(workflow) == {}, "half an attempt does not count"
@@ -164,3 +167,14 @@ def test_the_daily_schedule_asks_for_the_partition_that_ended(desk):
     context = dg.build_schedule_context(scheduled_execution_time=dt.datetime(2026, 1, 7, tzinfo=dt.timezone.utc), repository_def=repository)
     (request,) = schedule.evaluate_tick(context).run_requests
     assert request.partition_key == TUESDAY
+
+
+def test_the_root_is_known_even_when_a_run_in_between_was_deleted():
+    """The attempt is named after the root run; losing it would start another attempt in the middle of one."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        for run_id, parent in (("root", None), ("second", "root"), ("third", "second")):
+            instance.add_run(dg.DagsterRun(job_name="j", run_id=run_id, parent_run_id=parent, root_run_id="root" if parent else None))
+        third = instance.get_run_by_id("third")
+        assert ancestry(instance, third) == ("third", "second", "root")
+        instance.delete_run("second")
+        assert ancestry(instance, third) == ("third", "second", "root")
