@@ -115,8 +115,8 @@ class Contract(Generic[M]):
         """Judge a batch: columns, every rule, the key's uniqueness. Up to `samples` records are shown per broken rule.
 
         The verdict on a row is pydantic's verdict on the record. A column has the declared type exactly, or holds nothing but nulls in a
-        field that may be null. `exact` refuses columns that the contract does not have. A batch that passes is read once, streaming, so that
-        it may be larger than memory; with validators that only pydantic can run, once more, in chunks. It changes no value.
+        field that may be null. `exact` refuses columns that the contract does not have. A batch that passes is read once, streaming, so it
+        may be larger than memory; with validators that pydantic must run, once more, in chunks. It changes no value.
         """
         return check(self, frame, samples, exact)
 
