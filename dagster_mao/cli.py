@@ -360,7 +360,7 @@ def _table(*headings: str, numbers: Sequence[str] = ()) -> Table:
 
 def _sheet() -> Table:
     """One name and value a line; names are never broken."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
@@ -384,7 +384,7 @@ def _show_effective(store: StateStore, workflow: str, state: Sequence[Seal], *, 
         _print_json({"workflow_id": workflow, "head": head.version, "versions": [facts(seal) for seal in state]})
         return
     console = _console()
-    console.print(Text(f"{_plain(workflow)}: the effective state, as the last completed attempts left it", style="bold"))
+    console.print(Text(f"{_plain(workflow)}: the effective state, left by completed attempts", style="bold"))
     table = _table("agent", "n", "rows", "contract", "code version", "sealed (UTC)", numbers=("n", "rows"))
     for seal in state:
         contract = f"{seal.contract} v{seal.contract_version}"
@@ -396,7 +396,7 @@ def _show_effective(store: StateStore, workflow: str, state: Sequence[Seal], *, 
         shown = f"dagster-mao show '{_plain(workflow)}@{state[-1].version}'"
         console.print(Text(f"One version with its records: {shown}", style="dim"), soft_wrap=True)
     else:
-        console.print(f"No attempt has completed. Versions 0 to {head.version} are of unfinished ones: dagster-mao history lists them.")
+        console.print(f"No attempt has completed. Versions 0 to {head.version} are of unfinished or fenced ones; see dagster-mao history.")
 
 
 def _show_records(workflow: str, found: Sequence[tuple[Seal, list[dict[str, Any]]]], *, whole: bool, as_json: bool) -> None:
@@ -423,7 +423,7 @@ def _described(seal: Seal) -> Any:
 
 def _facts_table(seal: Seal) -> Table:
     table = _sheet()
-    parents = "\n".join(f"{parent.agent} {parent.workflow_id}@{parent.version} {parent.digest[:12]}" for parent in seal.parents)
+    parents = [f"{parent.agent} {parent.workflow_id}@{parent.version} {parent.digest[:12]}" for parent in seal.parents]
     told = {
         "kind": f"{seal.kind}, attempt {seal.attempt}, epoch {seal.epoch}",
         "made from": parents,
@@ -440,7 +440,7 @@ def _facts_table(seal: Seal) -> Table:
         "chained to": seal.previous_digest,
     }
     for name, value in told.items():
-        for line in (value or "").splitlines():
+        for line in value if isinstance(value, list) else [value] if value else []:
             table.add_row(Text(name, style="dim"), _cell(line))
             name = ""  # noqa: PLW2901  the name stands before the first line only
     return table
