@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 import polars as pl
@@ -224,13 +225,15 @@ class _Step:
         return frame.with_columns(nulls).select(list(self._output.schema))
 
     def _to_frame(self, records: Iterable[Any]) -> pl.LazyFrame:
-        try:
-            return pl.concat([self._output.to_frame(chunk) for chunk in _chunks(records)] or [self._output.to_frame([])]).lazy()
-        except InvalidRecordsError as error:
-            failure = RuleFailure(error.what, error.field, 1, ())
-            self._judge(OUTPUT, self._output, Verdict(self._output.name, 1, 1, (failure,)), [failure])
-            self._refuse_if_failed(error)
-            raise
+        frames, chunks = [self._output.to_frame([])], _chunks(records)
+        for chunk in chunks:
+            try:
+                frames.append(self._output.to_frame(chunk))
+            except InvalidRecordsError:
+                verdict = self._output.check_records(chain(chunk, chain.from_iterable(chunks)))
+                self._judge(OUTPUT, self._output, verdict, verdict.failures)
+                self._refuse_if_failed()
+        return pl.concat(frames).lazy()
 
     def seal(self, frame: pl.LazyFrame, pinned: Sequence[Seal], keys: pl.Series | None, *, started: float, **provenance: Any) -> Outcome:
         contract = self._output
@@ -285,7 +288,7 @@ class _Step:
         facts = {**check.metadata, "reasons": [*check.metadata["reasons"], _reason(failure)]}
         self._checks[name] = Check(name, False, f"{contract.name} broken: {failure.rule}", facts)
 
-    def _refuse_if_failed(self, cause: Exception | None = None) -> None:
+    def _refuse_if_failed(self) -> None:
         failed = [check for check in self._checks.values() if not check.passed]
         if failed:
             reasons = failed[0].metadata["reasons"]
@@ -296,7 +299,7 @@ class _Step:
                 workflow=self._attempt.workflow_id,
                 field=reasons[0]["field"],
                 fix="mend the records or the contract and run again; nothing was sealed",
-            ) from cause
+            )
 
 
 class _Call:

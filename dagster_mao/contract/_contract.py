@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -17,7 +18,7 @@ from dagster_mao.contract._check import Judge, check, conformed, schema_failures
 from dagster_mao.contract._markers import Key
 from dagster_mao.contract._rules import Rule, rules_of
 from dagster_mao.contract._types import Field, Type, definitions_of, dtype_text, encoded, fields_of, has_model_validators
-from dagster_mao.contract._verdict import Verdict, plain
+from dagster_mao.contract._verdict import MASK, RuleFailure, Verdict, plain
 from dagster_mao.errors import ContractDefinitionError, InvalidRecordsError
 
 M = TypeVar("M", bound=BaseModel)
@@ -141,6 +142,44 @@ class Contract(Generic[M]):
             position += len(chunk)
         return pl.concat(frames, rechunk=True) if frames else pl.DataFrame(schema=self.schema)
 
+    def check_records(self, records: Iterable[Any], *, samples: int = 5) -> Verdict:
+        """Judge records before they are columns: everything that `to_frame` would refuse, by rule, not only the first.
+
+        Of the rest, `check` judges the frame. Samples as there: up to `samples` per rule, personal values masked.
+        """
+        counts: Counter[tuple[str, str | None]] = Counter()
+        shown: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+        rows = failed = 0
+        for record in records:
+            refusals = set(self._refusals(record))
+            counts.update(refusals)
+            for refusal in refusals:
+                if counts[refusal] <= samples:
+                    shown.setdefault(refusal, []).append(self._sample(record, refusal[1]))
+            rows, failed = rows + 1, failed + bool(refusals)
+        failures = tuple(RuleFailure(rule, name, count, tuple(shown[rule, name])) for (rule, name), count in counts.items())
+        return Verdict(self.name, rows, failed, failures)
+
+    def _refusals(self, record: Any) -> Iterator[tuple[str, str | None]]:
+        """Rule and top-level field of whatever keeps a record from being a row."""
+        if isinstance(record, Mapping):
+            try:
+                record = self.model.model_validate(dict(record), by_name=True, by_alias=True)
+            except ValidationError as refused:
+                for error in refused.errors(include_input=False, include_context=False, include_url=False):
+                    where = ".".join(str(step) for step in error["loc"])
+                    yield f"{where}: {error['type']}" if where else str(error["type"]), where.split(".")[0] or None
+                return
+        try:
+            self._chunk([record], 0)
+        except InvalidRecordsError as refused:
+            yield refused.what.removeprefix("record 0 is "), refused.field
+
+    def _sample(self, record: Any, name: str | None) -> dict[str, Any]:
+        values = record if isinstance(record, Mapping) else vars(record) if isinstance(record, BaseModel) else {}
+        wanted = [one for one in dict.fromkeys((self.key, name)) if one in self._by_name and one in values]
+        return {one: MASK if _hides(self._by_name[one]) else plain(values[one]) for one in wanted if one}
+
     def _chunk(self, chunk: list[M | Mapping[str, Any]], start: int) -> pl.DataFrame:
         models = [r if isinstance(r, self.model) else self._validated(r, start + i) for i, r in enumerate(chunk)]
         return pl.DataFrame({f.name: self._column(f, models, start) for f in self.fields}, schema=self.schema)
@@ -188,6 +227,12 @@ class Contract(Generic[M]):
             except ValidationError as refused:
                 raise _refused(position, self.name, refused) from None
             yield model
+
+
+def _hides(field: Field) -> bool:
+    """Whether anything in the field is personal: what pydantic refused need not have the shape that says where."""
+    nested = (field.type, *([field.type.item] if field.type.item else []))
+    return field.personal or any(_hides(inner) for node in nested for inner in node.fields)
 
 
 def _holds(value: Any, node: Type) -> bool:
