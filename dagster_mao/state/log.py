@@ -16,7 +16,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from dagster_mao.errors import MaoError, StoreError, TamperedError
-from dagster_mao.state.objects import Objects, reaching
+from dagster_mao.state.objects import Objects, flush_commits, reaching
 from dagster_mao.state.seal import Seal
 
 _PATH = "state_log"
@@ -172,7 +172,7 @@ class StateLog:
 
     def _commit(self, table: DeltaTable, seal: Seal) -> bool:
         """True when the row landed; False when it may not have: the caller looks."""
-        add = self._write(pl.DataFrame([seal.model_dump()], schema=SCHEMA), new=True)
+        add, before = self._write(pl.DataFrame([seal.model_dump()], schema=SCHEMA), new=True), table.version()
         try:
             table.create_write_transaction(
                 [add],
@@ -186,10 +186,9 @@ class StateLog:
             # Also what a handle gets whose version was cleaned away meanwhile. The commit may have landed: look.
             logger.debug("commit of %s did not answer: %s", seal.reference, error)
             return False
-        version = table.version()
-        self._objects.sync(f"{_PATH}/_delta_log/{version:020d}.json")
-        if version % _CHECKPOINT_EVERY == 0:
-            self._maintain(vacuum=version % _VACUUM_EVERY == 0)
+        new = flush_commits(self._objects, _PATH, table, before)
+        if any(version % _CHECKPOINT_EVERY == 0 for version in new):
+            self._maintain(vacuum=any(version % _VACUUM_EVERY == 0 for version in new))
         return True
 
     def _write(self, rows: pl.DataFrame, *, new: bool) -> AddAction:

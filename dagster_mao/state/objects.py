@@ -20,6 +20,7 @@ from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import obstore
+from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import LocalStore, from_url
@@ -166,6 +167,20 @@ class Objects:
             if folder in self._flushed or folder == self.local.parent:
                 break
             self._flushed.add(folder)
+
+
+def flush_commits(objects: Objects, table_path: str, table: DeltaTable, before: int) -> range:
+    """Flushes the commits of a table after version `before` to the disk, one's own among them, and returns their versions.
+
+    A handle does not know the version of its own commit, and other writers' may lie between.
+    """
+    with reaching(objects.root):
+        table.update_incremental()
+        new = range(before + 1, table.version() + 1)
+        for version in new:
+            with suppress(FileNotFoundError):  # cleaned away behind a checkpoint already
+                objects.sync(f"{table_path}/_delta_log/{version:020d}.json")
+    return new
 
 
 def _link(file: Path, target: Path) -> None:

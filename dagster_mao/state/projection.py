@@ -18,7 +18,7 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction
 
 from dagster_mao.errors import IncompatibleContractError, MaoError
-from dagster_mao.state.objects import Objects, reaching
+from dagster_mao.state.objects import Objects, flush_commits, reaching
 from dagster_mao.state.seal import Seal
 from dagster_mao.state.snapshots import VERSION_COLUMN, WORKFLOW_COLUMN
 
@@ -88,6 +88,7 @@ class Projection:
             return True
         with reaching(self._objects.root):
             table = self._widen(table, schema)
+            before = table.version()
             try:
                 table.create_write_transaction(
                     [self._action(seal) for seal in missing],
@@ -100,7 +101,7 @@ class Projection:
                 )
             except CommitFailedError:
                 return False
-            self._objects.sync(f"{self.path}/_delta_log/{table.version():020d}.json")
+            flush_commits(self._objects, self.path, table, before)
         return True
 
     def _action(self, seal: Seal) -> AddAction:

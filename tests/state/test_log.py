@@ -58,6 +58,26 @@ def test_a_compaction_and_a_vacuum_between_pin_and_seal_do_no_harm(local_store: 
     assert len(local_store.log().collect()) == 27
 
 
+def test_the_commit_of_the_seal_is_flushed_to_the_disk(local_store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handle still shows the version before its own commit: flushing that one would be a durable nothing."""
+    flushed: list[str] = []
+    sync = Objects.sync
+    monkeypatch.setattr(Objects, "sync", lambda self, path: (flushed.append(path), sync(self, path))[1])
+    for n in range(3):
+        seal(local_store, join(local_store, f"run-{n}", key=f"day-{n}"), "applications")
+        newest = DeltaTable(local_store._log.uri).version()
+        assert f"state_log/_delta_log/{newest:020d}.json" in flushed
+
+
+def test_a_commit_that_is_cleaned_away_at_once_is_no_error(local_store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The day-old log of a daily job: the commit that makes a checkpoint due drops what is older than a minute."""
+    for n in range(22):
+        seal(local_store, join(local_store, f"run-{n}", key=f"day-{n}"), "applications")
+        for commit in (local_store.objects.local / "state_log" / "_delta_log").glob("*.json"):
+            os.utime(commit, (0, 0))
+    assert len(local_store.workflows()) == 22
+
+
 def test_the_log_keeps_itself_small(local_store: StateStore) -> None:
     for n in range(45):
         seal(local_store, join(local_store, f"run-{n}", key=f"day-{n}"), "applications")
