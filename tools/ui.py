@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,13 +39,26 @@ def _stop(_number: int, _frame: object) -> None:
 
 
 def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:
-    """Asks `dagster dev` to stop, waits up to `patience` seconds, and ends what is left of its group."""
+    """Asks `dagster dev` to stop, waits up to `patience` seconds, and ends what is left of its group; returns when nothing is."""
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(patience)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        deadline = time.monotonic() + 5
+        while is_alive(process) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def is_alive(process: subprocess.Popen[bytes]) -> bool:
+    """Whether anything of the process's group is left."""
+    process.poll()  # lets go of the leader itself
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
