@@ -106,7 +106,7 @@ class StateLog:
         """All rows, at the version of the handle."""
         if table is None:
             return pl.LazyFrame(schema=SCHEMA)
-        return pl.scan_delta(table)
+        return self._files(table)
 
     def seals(self, workflow_id: str, table: DeltaTable | None = None) -> list[Seal]:
         """The workflow's seals by version, at the version of the handle (opened now when none is given)."""
@@ -115,8 +115,8 @@ class StateLog:
             try:
                 rows = self._files(table).filter(pl.col("workflow_id") == workflow_id).sort("version").collect()
                 return [Seal.model_validate(row) for row in rows.iter_rows(named=True)]
-            except (OSError, pl.exceptions.ComputeError) as error:
-                # Compaction and vacuum may take a file away under an old handle.
+            except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+                # Compaction and vacuum may take a file away under an old handle. polars panics on a file that is cut off.
                 if last:
                     raise StoreError(
                         f"The state log at {self.uri} cannot be read: {str(error).splitlines()[0]}", workflow=workflow_id
@@ -126,10 +126,10 @@ class StateLog:
 
     def _files(self, table: DeltaTable | None) -> pl.LazyFrame:
         """The same rows as `scan`, without what a general Delta reader does first: this table has no partitions and deletes nothing."""
-        files = [] if table is None else table.file_uris()
+        files = [] if table is None else [f"{self.uri}/{uri.rpartition('/')[2]}" for uri in table.file_uris()]
         if not files:
             return pl.LazyFrame(schema=SCHEMA)
-        return pl.scan_parquet(files, storage_options=self._objects.storage_options or None)
+        return pl.scan_parquet(files, glob=False, storage_options=self._objects.storage_options or None)
 
     def append(
         self, workflow_id: str, seen: Sequence[Seal], make: Callable[[Sequence[Seal]], Seal], table: DeltaTable | None = None
@@ -213,7 +213,7 @@ class StateLog:
             table.create_checkpoint()
             if vacuum:
                 table.vacuum(retention_hours=1, enforce_retention_duration=False, dry_run=False)
-        except (DeltaError, OSError, MaoError, pl.exceptions.ComputeError) as error:
+        except (DeltaError, OSError, MaoError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             logger.warning("housekeeping of the state log was put off: %s", error)  # the next seal's turn
 
     def _compact(self, table: DeltaTable) -> None:
@@ -227,7 +227,7 @@ class StateLog:
             return
         names = small["path"].to_list()
         urls = [f"{self.uri}/{name}" for name in names]
-        rows = pl.read_parquet(urls, storage_options=self._objects.storage_options or None).sort("workflow_id", "version")
+        rows = pl.read_parquet(urls, glob=False, storage_options=self._objects.storage_options or None).sort("workflow_id", "version")
         removes = [RemoveAction(name, False, _now_ms()) for name in names]
         turn = (table.transaction_version(_COMPACTION) or 0) + 1
         table.create_write_transaction(

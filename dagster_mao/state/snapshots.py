@@ -72,7 +72,7 @@ def read(objects: Objects, seal: Seal) -> pl.LazyFrame:
         _expect(seal, hashlib.sha256(data).hexdigest())
         return pl.read_parquet(io.BytesIO(data)).lazy()
     _expect(seal, objects.sha256(seal.path))
-    return pl.scan_parquet(objects.url(seal.path), storage_options=objects.storage_options or None)
+    return pl.scan_parquet(objects.url(seal.path), glob=False, storage_options=objects.storage_options or None)
 
 
 def _expect(seal: Seal, digest: str) -> None:

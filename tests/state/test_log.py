@@ -124,6 +124,21 @@ def test_a_damaged_log_is_an_error_and_not_an_empty_one(local_store: StateStore)
         local_store.seals("credit/day")
 
 
+def test_a_log_file_that_was_cut_off_is_an_error(local_store: StateStore) -> None:
+    complete(local_store, "run-1")
+    for file in (local_store.objects.local / "state_log").glob("*.parquet"):
+        file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(StoreError, match="cannot be read"):
+        local_store.seals("credit/day")
+
+
+def test_a_root_may_have_any_name(tmp_path: Path) -> None:
+    for name in ("with space", "é", "[b]*", "a+b=c"):
+        store = StateStore(tmp_path / name)
+        complete(store, "run-1")
+        assert store.workflows() == ["credit/day"]
+
+
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
     with pytest.raises(StoreError, match="is a file"):
