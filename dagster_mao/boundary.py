@@ -292,7 +292,8 @@ class _Step:
         failed = [check for check in self._checks.values() if not check.passed]
         if failed:
             reasons = failed[0].metadata["reasons"]
-            count = f" ({reasons[0]['count']} records)" if reasons[0]["count"] else ""
+            broken = reasons[0]["count"]
+            count = f" ({broken:,} record{'s' if broken > 1 else ''})" if broken else ""
             raise BatchRefusedError(
                 f"The batch was refused at {failed[0].name!r}: {failed[0].description}{count}",
                 agent=self._agent,

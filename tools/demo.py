@@ -70,7 +70,7 @@ def decide(instance: Any, defs: Any) -> bool:
             elif event is not None and event.event_type == dg.DagsterEventType.STEP_SUCCESS:
                 progress.advance(steps)
             elif event is not None and event.event_type == dg.DagsterEventType.STEP_FAILURE:
-                failed[event.step_key] = event.step_failure_data.error.message.partition(": ")[2].strip()
+                failed[event.step_key] = _reason(event.step_failure_data.error)
 
         instance.add_event_listener(run_id, on_event)
         # Dagster would print every failure several times over, with its stack; the UI has it all.
@@ -85,6 +85,12 @@ def decide(instance: Any, defs: Any) -> bool:
     for step, why in failed.items():
         console.print(f"{step} failed. {why}")
     return bool(result.success)
+
+
+def _reason(error: Any) -> str:
+    """What a step failed of. Dagster wraps what is not its own Failure; the reason is then in the cause."""
+    told = error.cause or error
+    return str(told.message.partition(": ")[2].strip() or told.cls_name)
 
 
 def report(home: Path, defs: Any) -> None:
@@ -104,7 +110,7 @@ def report(home: Path, defs: Any) -> None:
     figures = scores(table)
     console.print(
         f"Decided without a person: {figures['automatic_share']:.0%}, of these right: {figures['accuracy']:.0%}. "
-        f"Not paid back: {figures['bad_rate']:.0%} of the approved, {sum(table['bad']) / sum(table['applications']):.0%} of all."
+        f"Not paid back: {figures['bad_rate']:.0%} of the approved, {sum(table['bad']) / max(1, sum(table['applications'])):.0%} of all."
     )
     rows = [(seal.version, seal.agent, seal.row_count, seal.digest[:12], f"{seal.latency_seconds:.2f}") for seal in newest.values()]
     title = f"Versions of credit/{DAY} sealed by this run, of {len(seals)} in all"
