@@ -442,7 +442,9 @@ def _sunk(store: StateStore, agent: str, frame: pl.LazyFrame) -> Iterator[Any]:
     context = staged(store.objects, frame)
     try:
         batch = context.__enter__()
-    except pl.exceptions.PolarsError as error:
+    except MaoError:
+        raise
+    except Exception as error:
         raise _failed(agent, error) from error
     try:
         yield batch

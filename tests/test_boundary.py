@@ -322,6 +322,17 @@ def test_an_expression_that_fails_when_it_is_evaluated_is_the_agents_failure(loc
     assert SECRET not in str(caught.value)
 
 
+def test_a_file_that_the_agents_own_frame_misses_is_the_agents_failure(tmp_path: Path) -> None:
+    @mao.agent
+    def failing(applications: mao.LazyFrame[Application]) -> mao.LazyFrame[Score]:
+        return applications.join(
+            pl.scan_ndjson(tmp_path / "scores.jsonl", schema={"application_id": pl.String, "score": pl.Float64}), on="application_id"
+        )
+
+    with pytest.raises(AgentFailedError):
+        run(only(failing))
+
+
 def test_a_generator_that_fails_halfway_is_the_agents_failure() -> None:
     @mao.agent(name="applications")
     def halfway() -> Iterator[Application]:

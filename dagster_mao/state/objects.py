@@ -27,7 +27,7 @@ from obstore.store import LocalStore, from_url
 
 from dagster_mao.errors import StoreError, TamperedError
 
-_DECORATION = re.compile(r"\x1b\[[0-9;]*m|↳")  # delta-rs draws its chain of causes
+_DECORATION = re.compile(r"\x1b\[[0-9;]*m|↳|\n\nDebug source:.*", re.DOTALL)  # delta-rs and obstore draw their chains of causes
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,79}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dagster_mao.state.seal import Seal
 WORKFLOW_COLUMN, VERSION_COLUMN = "_workflow", "_version"
 _WHOLE_BYTES = 64 << 20  # up to this size a snapshot is read once, and the bytes that were checked are the bytes that are parsed
 _ROW_GROUP_ROWS = 122_880
+_DISK_REFUSES = re.compile(r"os error (28|30|122)\b")  # no space, read-only, quota
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,23 @@ def staged(objects: Objects, frame: pl.LazyFrame | pl.DataFrame) -> Iterator[Sta
     """
     with objects.staging() as folder:
         file = folder / "batch.parquet"
+        _sink(frame.lazy(), file, objects.root)
         with reaching(objects.root):
-            frame.lazy().sink_parquet(file, compression="zstd", row_group_size=_ROW_GROUP_ROWS, sync_on_close="all")
             with file.open("rb") as handle:
                 digest = _file_digest(handle)
             size = file.stat().st_size
         yield Staged(file, digest, size)
+
+
+def _sink(frame: pl.LazyFrame, file: Path, root: str) -> None:
+    try:
+        frame.sink_parquet(file, compression="zstd", row_group_size=_ROW_GROUP_ROWS, sync_on_close="all")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        # The frame may read files of its own; only what the staging disk says is the store's failure.
+        if str(file.parent) not in str(error) and not _DISK_REFUSES.search(str(error)):
+            raise
+        with reaching(root):
+            raise OSError(str(error)) from error
 
 
 def _file_digest(handle: io.BufferedReader) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from pathlib import Path
 
 import polars as pl
@@ -156,6 +157,21 @@ def test_a_read_only_root_says_so(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(StoreError, match="writable"):
         complete(StateStore(tmp_path / "state"), "run-1")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_disk_says_so_and_nothing_is_sealed(tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        store = StateStore(tmp_path / "state")
+        entry = seal(store, join(store, "run-1"), "applications")
+        attempt = join(store, "run-1")
+        with pytest.raises(StoreError, match="No space left.*free disk space"):
+            seal(store, attempt, "score", *(n * 0.7919 for n in range(20_000)), parents=[entry])
+        assert [s.agent for s in store.seals("credit/day")] == ["applications"]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_bucket_that_is_not_there_says_so(s3: dict[str, str]) -> None:
