@@ -325,11 +325,10 @@ def test_an_expression_that_fails_when_it_is_evaluated_is_the_agents_failure(loc
 def test_a_file_that_the_agents_own_frame_misses_is_the_agents_failure(tmp_path: Path) -> None:
     @mao.agent
     def failing(applications: mao.LazyFrame[Application]) -> mao.LazyFrame[Score]:
-        return applications.join(
-            pl.scan_ndjson(tmp_path / "scores.jsonl", schema={"application_id": pl.String, "score": pl.Float64}), on="application_id"
-        )
+        scores = pl.scan_ndjson(tmp_path / "scores.jsonl", schema={"application_id": pl.String, "score": pl.Float64})
+        return applications.select("application_id").join(scores, on="application_id")
 
-    with pytest.raises(AgentFailedError):
+    with pytest.raises(AgentFailedError, match="FileNotFoundError"):
         run(only(failing))
 
 

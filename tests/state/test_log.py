@@ -167,7 +167,7 @@ def test_a_full_disk_says_so_and_nothing_is_sealed(tmp_path: Path) -> None:
         store = StateStore(tmp_path / "state")
         entry = seal(store, join(store, "run-1"), "applications")
         attempt = join(store, "run-1")
-        with pytest.raises(StoreError, match="No space left.*free disk space"):
+        with pytest.raises(StoreError, match=r"No space left.*free disk space"):
             seal(store, attempt, "score", *(n * 0.7919 for n in range(20_000)), parents=[entry])
         assert [s.agent for s in store.seals("credit/day")] == ["applications"]
     finally:
