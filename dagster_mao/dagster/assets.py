@@ -88,12 +88,18 @@ def boundary_check_specs(pipeline: Pipeline, agent: str) -> list[dg.AssetCheckSp
     return [check_spec(name, pipeline, agent, description=_described(name), blocking=True) for name in names]
 
 
-def check_spec(name: str, pipeline: Pipeline, agent: str, *, description: str, blocking: bool) -> dg.AssetCheckSpec:
+def check_spec(
+    name: str, pipeline: Pipeline, agent: str, *, description: str, blocking: bool, partitioned: bool = True
+) -> dg.AssetCheckSpec:
     """A check of an agent's asset, partitioned like it: one without partitions would show the last partition's result for all of them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return dg.AssetCheckSpec(
-            name, asset=[pipeline.name, agent], description=description, blocking=blocking, partitions_def=pipeline.partitions_def
+            name,
+            asset=[pipeline.name, agent],
+            description=description,
+            blocking=blocking,
+            partitions_def=pipeline.partitions_def if partitioned else None,
         )
 
 

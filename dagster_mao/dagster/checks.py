@@ -1,6 +1,7 @@
 """Chain integrity: does the store still hold what was sealed? A check of its own, so that it can be run from the UI at any time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import dagster as dg
@@ -13,67 +14,89 @@ from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import StateStore
 from dagster_mao.state.verify import Finding, Report, verify
 
-CHAIN_INTEGRITY = "chain_integrity"
+CHAIN_INTEGRITY, CHAIN_INTEGRITY_ALL = "chain_integrity", "chain_integrity_all"
 _DESCRIPTION = "Are the snapshots, the chain of seals and Dagster's event log still what they were when this agent's output was sealed?"
 
 
-def build_chain_checks(pipeline: Pipeline) -> dg.AssetChecksDefinition:
+def build_chain_checks(pipeline: Pipeline) -> list[dg.AssetChecksDefinition]:
     """One check per agent, in one step for all of them: a step of its own process costs seconds, the check milliseconds.
 
-    On a partitioned pipeline a check is of the partition's workflow, else of the workflow that the agent's newest materialisation
-    belongs to.
+    The check is of the workflow that the agent's newest materialisation belongs to. On a partitioned pipeline it is of the partition's
+    workflow and runs with it; because the UI does not execute partitioned checks alone, there is a second one, `chain_integrity_all`, which
+    it does: of all partitions at once.
     """
+    if pipeline.partitions_def is None:
+        return [_chain_checks(pipeline, CHAIN_INTEGRITY, _DESCRIPTION)]
+    return [
+        _chain_checks(pipeline, CHAIN_INTEGRITY, _DESCRIPTION, of_partition=True),
+        _chain_checks(pipeline, CHAIN_INTEGRITY_ALL, f"Of all partitions: {_DESCRIPTION}"),
+    ]
 
+
+def _chain_checks(pipeline: Pipeline, name: str, description: str, *, of_partition: bool = False) -> dg.AssetChecksDefinition:
     def chain_integrity(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        if of_partition and not context.has_partition_key:
+            # Dagster fails on the result of a partitioned check in a run without a partition ("Execute all" makes one).
+            context.log.warning(f"{name} is of one partition, and this run has none; {CHAIN_INTEGRITY_ALL} is of all of them.")
+            return
         store = getattr(context.resources, STATE_STORE).store()
         for key in sorted(context.selected_asset_check_keys):
-            workflow = f"{pipeline.name}/{context.partition_key}" if context.has_partition_key else _newest(context.instance, key.asset_key)
             yield dg.AssetCheckResult(
-                check_name=CHAIN_INTEGRITY, asset_key=key.asset_key, **_verdict(store, context.instance, key.asset_key, workflow)
+                check_name=name,
+                asset_key=key.asset_key,
+                **_verdict(store, context.instance, key.asset_key, workflows(context, key.asset_key)),
             )
 
+    def workflows(context: dg.AssetCheckExecutionContext, key: dg.AssetKey) -> list[str]:
+        if of_partition:
+            return [f"{pipeline.name}/{context.partition_key}"]
+        if pipeline.partitions_def is None:
+            return _newest(context.instance, key)
+        return [f"{pipeline.name}/{partition}" for partition in sorted(context.instance.get_materialized_partitions(key))]
+
     wrap = dg.multi_asset_check(
-        name=f"{pipeline.name}__{CHAIN_INTEGRITY}",
-        specs=[check_spec(CHAIN_INTEGRITY, pipeline, agent, description=_DESCRIPTION, blocking=False) for agent in pipeline.order],
+        name=f"{pipeline.name}__{name}",
+        specs=[
+            check_spec(name, pipeline, agent, description=description, blocking=False, partitioned=of_partition) for agent in pipeline.order
+        ],
         required_resource_keys={STATE_STORE},
         can_subset=True,
     )
     return wrap(chain_integrity)
 
 
-def _newest(instance: dg.DagsterInstance, key: dg.AssetKey) -> str | None:
+def _newest(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[str]:
     event = instance.get_latest_materialization_event(key)
     if event is None or event.asset_materialization is None:
-        return None
+        return []
     told = event.asset_materialization.metadata.get(STATE_VERSION)
-    return str(told.value).rpartition("@")[0] if told else None
+    return [str(told.value).rpartition("@")[0]] if told else []
 
 
-def _verdict(store: StateStore, instance: dg.DagsterInstance, key: dg.AssetKey, workflow: str | None) -> dict[str, Any]:
-    if workflow is None:
-        return {"passed": True, "description": "Nothing was materialised yet."}
+def _verdict(store: StateStore, instance: dg.DagsterInstance, key: dg.AssetKey, workflows: Sequence[str]) -> dict[str, Any]:
     anchors = read_anchors(instance, asset_keys=[key])
-    try:
-        report = verify(store, workflow, agent=key.path[-1], anchors=anchors)
-    except UnknownVersionError:
-        return {"passed": True, "description": f"Nothing was sealed yet in {workflow}."}
-    what = f"{len(report.findings)} findings" if report.findings else f"{report.versions} versions are what was sealed"
-    return {"passed": report.good, "description": f"{workflow}: {what}.", "metadata": _told(workflow, report)}
+    reports = dict[str, Report]()
+    for workflow in workflows:
+        with suppress(UnknownVersionError):  # neither sealed nor anchored
+            reports[workflow] = verify(store, workflow, agent=key.path[-1], anchors=anchors)
+    if not reports:
+        return {"passed": True, "description": "Nothing was sealed yet."}
+    findings = [found for report in reports.values() for found in report.findings]
+    versions = sum(report.versions for report in reports.values())
+    where = next(iter(reports)) if len(reports) == 1 else f"{len(reports)} workflows"
+    what = f"{len(findings)} findings" if findings else f"{versions} versions are what was sealed"
+    return {"passed": not findings, "description": f"{where}: {what}.", "metadata": _told(reports)}
 
 
-def _told(workflow: str, report: Report) -> dict[str, Any]:
-    tables = {name: _table(found) for name, found in (("findings", report.findings), ("warnings", report.warnings)) if found}
-    return {
-        **tables,
-        "mao/workflow": dg.MetadataValue.text(workflow),
-        "versions": report.versions,
-        "files": report.files,
-        "anchored": report.anchored,
-    }
+def _told(reports: Mapping[str, Report]) -> dict[str, Any]:
+    found = {kind: [one for report in reports.values() for one in getattr(report, kind)] for kind in ("findings", "warnings")}
+    counts = {kind: sum(getattr(report, kind) for report in reports.values()) for kind in ("versions", "files", "anchored")}
+    tables = {kind: _table(some) for kind, some in found.items() if some}
+    return {**tables, **counts, "mao/workflow": dg.MetadataValue.text(", ".join(reports))}
 
 
-def _table(findings: tuple[Finding, ...]) -> dg.TableMetadataValue:
-    names = ("kind", "version", "file", "detail")
+def _table(findings: Sequence[Finding]) -> dg.TableMetadataValue:
+    names = ("kind", "workflow", "version", "file", "detail")
     rows = [
         dg.TableRecord({name: "" if (value := getattr(finding, name)) is None else str(value) for name in names}) for finding in findings
     ]

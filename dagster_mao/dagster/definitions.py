@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_mao.dagster.assets import IO_MANAGER, build_assets
-from dagster_mao.dagster.checks import build_chain_checks
+from dagster_mao.dagster.checks import CHAIN_INTEGRITY_ALL, build_chain_checks
 from dagster_mao.dagster.io_manager import StateIOManager
 from dagster_mao.dagster.resources import STATE_STORE, StateStoreResource
 from dagster_mao.dagster.translator import AgentTranslator
@@ -34,7 +34,7 @@ def build_definitions(
     schedule = build_schedule(pipeline, job)
     return dg.Definitions(
         assets=assets,
-        asset_checks=[build_chain_checks(pipeline)],
+        asset_checks=build_chain_checks(pipeline),
         jobs=[job],
         schedules=[schedule] if schedule else [],
         resources=_resources(pipeline, dict(resources or {})),
@@ -42,10 +42,12 @@ def build_definitions(
 
 
 def build_job(pipeline: Pipeline) -> Any:
-    """The asset job `<pipeline>_job`: the entry, all agents and their checks."""
+    """The asset job `<pipeline>_job`: the entry, all agents and their checks, but for the one that goes through all partitions."""
+    keys = [dg.AssetKey([pipeline.name, agent]) for agent in pipeline.order]
+    everywhere = dg.AssetSelection.checks(*(dg.AssetCheckKey(key, CHAIN_INTEGRITY_ALL) for key in keys))
     return dg.define_asset_job(
         f"{pipeline.name}_job",
-        selection=dg.AssetSelection.assets(*([pipeline.name, agent] for agent in pipeline.order)),
+        selection=dg.AssetSelection.assets(*keys) - everywhere if pipeline.partitions_def else dg.AssetSelection.assets(*keys),
         description=pipeline.description,
     )
 

@@ -124,8 +124,8 @@ def snapshot_of(folder, workflow, agent):
     return folder / "state" / store(folder).effective(workflow)[agent].path
 
 
-def chain_checks(job, instance, *agents, **options):
-    keys = {dg.AssetCheckKey(dg.AssetKey(["loans", agent]), "chain_integrity") for agent in agents}
+def chain_checks(job, instance, *agents, name="chain_integrity", **options):
+    keys = {dg.AssetCheckKey(dg.AssetKey(["loans", agent]), name) for agent in agents}
     result = job.get_subset(asset_selection=set(), asset_check_selection=keys).execute_in_process(instance=instance, **options)
     return {e.asset_key.path[-1]: e for e in result.get_asset_check_evaluations()}
 
@@ -158,7 +158,11 @@ def test_the_chain_check_of_a_partition_looks_at_its_workflow_only(desk):
         snapshot = snapshot_of(desk, "loans/monday", "approval")
         snapshot.unlink()
         found = {day: chain_checks(job, instance, "approval", partition_key=day)["approval"] for day in ("monday", "tuesday")}
+        (everywhere,) = chain_checks(job, instance, "approval", name="chain_integrity_all").values()
+        assert chain_checks(job, instance, "approval") == {}, "there is no partition to speak of"
     assert {day: (e.passed, e.partition) for day, e in found.items()} == {"monday": (False, "monday"), "tuesday": (True, "tuesday")}
+    assert (everywhere.passed, everywhere.partition) == (False, None), "the one that the UI executes alone"
+    assert [row.data["workflow"] for row in everywhere.metadata["findings"].records] == ["loans/monday"]
 
 
 def test_a_cut_tail_shows_because_the_event_log_remembers(desk, tmp_path):
@@ -180,7 +184,7 @@ def test_a_cut_tail_shows_because_the_event_log_remembers(desk, tmp_path):
 def test_the_chain_check_of_what_never_ran_has_nothing_to_say(desk):
     with dg.DagsterInstance.ephemeral() as instance:
         (evaluation,) = chain_checks(job_of(desk), instance, "approval").values()
-    assert (evaluation.passed, evaluation.description) == (True, "Nothing was materialised yet.")
+    assert (evaluation.passed, evaluation.description) == (True, "Nothing was sealed yet.")
 
 
 @pytest.mark.slow
