@@ -16,7 +16,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from dagster_mao.errors import MaoError, StoreError, TamperedError
-from dagster_mao.state.objects import Objects, flush_commits, reaching
+from dagster_mao.state.objects import Objects, reaching
 from dagster_mao.state.seal import Seal
 
 _PATH = "state_log"
@@ -61,7 +61,8 @@ SCHEMA = pl.Schema(_COLUMNS)
 # An open reads every commit since the last checkpoint, so checkpoints are frequent; the commits behind one are dropped after a minute,
 # because the log's own time travel is not used (the rows say everything, and are chained). `setTransactionRetentionDuration` must never
 # be set: the compare-and-swap lives on these transactions.
-_CHECKPOINT_EVERY = 20
+_CHECKPOINT_EVERY = 5
+_COMPACT_EVERY = 20
 _PROPERTIES = {
     "delta.appendOnly": "true",
     "delta.checkpointInterval": str(_CHECKPOINT_EVERY),
@@ -186,8 +187,8 @@ class StateLog:
             # Also what a handle gets whose version was cleaned away meanwhile. The commit may have landed: look.
             logger.debug("commit of %s did not answer: %s", seal.reference, error)
             return False
-        new = flush_commits(self._objects, _PATH, table, before)
-        if any(version % _CHECKPOINT_EVERY == 0 for version in new):
+        new = self._objects.sync_commits(_PATH, before)
+        if any(version % _COMPACT_EVERY == 0 for version in new):
             self._maintain(vacuum=any(version % _VACUUM_EVERY == 0 for version in new))
         return True
 
@@ -197,12 +198,12 @@ class StateLog:
         rows.write_parquet(buffer)
         data, name = buffer.getvalue(), f"{uuid.uuid4().hex}.parquet"
         self._objects.put(f"{_PATH}/{name}", data)
-        indexed = rows.select("workflow_id", "version", "agent", "pipeline")
+        indexed = {name: rows[name].to_list() for name in ("workflow_id", "version", "agent", "pipeline")}
         stats = {
             "numRecords": rows.height,
-            "minValues": indexed.min().row(0, named=True),
-            "maxValues": indexed.max().row(0, named=True),
-            "nullCount": dict.fromkeys(indexed.columns, 0),
+            "minValues": {name: min(values) for name, values in indexed.items()},
+            "maxValues": {name: max(values) for name, values in indexed.items()},
+            "nullCount": dict.fromkeys(indexed, 0),
         }
         return AddAction(name, len(data), {}, _now_ms(), new, json.dumps(stats))
 
@@ -210,7 +211,6 @@ class StateLog:
         try:
             table = DeltaTable(self.uri, storage_options=self._objects.storage_options)
             self._compact(table)
-            table.create_checkpoint()
             if vacuum:
                 table.vacuum(retention_hours=1, enforce_retention_duration=False, dry_run=False)
         except (DeltaError, OSError, MaoError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
@@ -223,7 +223,7 @@ class StateLog:
         """
         files = pl.DataFrame(table.get_add_actions(flatten=True))
         small = files.filter(pl.col("size_bytes") < _COMPACT_TARGET_BYTES)
-        if small.height < _CHECKPOINT_EVERY // 2:
+        if small.height < _COMPACT_EVERY // 2:
             return
         names = small["path"].to_list()
         urls = [f"{self.uri}/{name}" for name in names]

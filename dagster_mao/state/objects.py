@@ -20,7 +20,6 @@ from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import LocalStore, from_url
@@ -154,33 +153,37 @@ class Objects:
             # A link, not a move: should the version be lost to another writer, the same bytes go to the next one.
             with suppress(FileExistsError):
                 _link(file, target)
-            self.sync(path)
+            self._sync_folders(target)  # the bytes were flushed when the file was staged
+
+    def sync_commits(self, table: str, before: int) -> range:
+        """Flushes a Delta table's commits after version `before`, one's own among them, and returns their versions.
+
+        A handle does not know the version of its own commit, and other writers' may lie between: what is there is flushed. In an object
+        store there is nothing to flush, and the next version is what is returned.
+        """
+        last = before + 1
+        if self.local is not None:
+            with reaching(self.root):
+                while (self.local / (path := f"{table}/_delta_log/{last:020d}.json")).exists():
+                    with suppress(FileNotFoundError):  # cleaned away behind a checkpoint already
+                        self.sync(path)
+                    last += 1
+            last = max(last - 1, before + 1)
+        return range(before + 1, last + 1)
 
     def sync(self, path: str) -> None:
         """Flushes a local file to the disk, its folder's entry of it, and the entries of folders that this process has not flushed yet."""
-        if self.local is None:
-            return
-        target = self.local / path
-        _fsync(target)
+        if self.local is not None:
+            _fsync(self.local / path)
+            self._sync_folders(self.local / path)
+
+    def _sync_folders(self, target: Path) -> None:
+        assert self.local is not None
         for folder in target.parents:
             _fsync(folder)
             if folder in self._flushed or folder == self.local.parent:
                 break
             self._flushed.add(folder)
-
-
-def flush_commits(objects: Objects, table_path: str, table: DeltaTable, before: int) -> range:
-    """Flushes the commits of a table after version `before` to the disk, one's own among them, and returns their versions.
-
-    A handle does not know the version of its own commit, and other writers' may lie between.
-    """
-    with reaching(objects.root):
-        table.update_incremental()
-        new = range(before + 1, table.version() + 1)
-        for version in new:
-            with suppress(FileNotFoundError):  # cleaned away behind a checkpoint already
-                objects.sync(f"{table_path}/_delta_log/{version:020d}.json")
-    return new
 
 
 def _link(file: Path, target: Path) -> None:

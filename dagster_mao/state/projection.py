@@ -18,7 +18,7 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction
 
 from dagster_mao.errors import IncompatibleContractError, MaoError
-from dagster_mao.state.objects import Objects, flush_commits, reaching
+from dagster_mao.state.objects import Objects, reaching
 from dagster_mao.state.seal import Seal
 from dagster_mao.state.snapshots import VERSION_COLUMN, WORKFLOW_COLUMN
 
@@ -101,7 +101,7 @@ class Projection:
                 )
             except CommitFailedError:
                 return False
-            flush_commits(self._objects, self.path, table, before)
+            self._objects.sync_commits(self.path, before)
         return True
 
     def _action(self, seal: Seal) -> AddAction:
