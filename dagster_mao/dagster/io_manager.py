@@ -1,5 +1,7 @@
 """Agents' snapshots for plain Dagster assets, pinned like an agent's own reads."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import dagster as dg
@@ -8,8 +10,8 @@ import polars as pl
 from dagster_mao.dagster.anchors import STATE_VERSION
 from dagster_mao.dagster.resources import StateStoreResource
 from dagster_mao.dagster.runs import open_attempt
-from dagster_mao.errors import WiringError
-from dagster_mao.state import Seal
+from dagster_mao.errors import PinError, WiringError
+from dagster_mao.state import Attempt, Seal
 
 
 class StateIOManager(dg.ConfigurableIOManager):
@@ -43,7 +45,10 @@ class StateIOManager(dg.ConfigurableIOManager):
         pipeline, agent = _named(context.asset_key)
         run = context.step_context.dagster_run
         attempt = open_attempt(self.state_store.store(), context.instance, run, pipeline=pipeline, partition_key=partition_key)
-        return attempt.pin(agent)
+        pinned = attempt.pin(agent)
+        others = [other for other in _agents_read(context, pipeline) if other != agent]
+        attempt.require_one_entry(context.step_context.node_handle.name, [pinned, *_pinnable(attempt, others)])
+        return pinned
 
     def _frame(self, context: dg.InputContext, seal: Seal) -> pl.DataFrame | pl.LazyFrame:
         context.add_input_metadata(_told(seal), description=f"Read {seal.agent} as of {seal.reference}")
@@ -52,6 +57,19 @@ class StateIOManager(dg.ConfigurableIOManager):
     def _rows(self, context: dg.InputContext, seal: Seal) -> pl.DataFrame | pl.LazyFrame:
         rows = self.state_store.store().read(seal)
         return rows.collect() if context.dagster_type.typing_type is pl.DataFrame else rows
+
+
+def _agents_read(context: dg.InputContext, pipeline: str) -> list[str]:
+    """Whatever else of the pipeline the same step reads: rows of two agents must be about the same batch."""
+    node = context.step_context.job_def.asset_layer.get_assets_def_for_node(context.step_context.node_handle)
+    keys = node.keys_by_input_name.values() if node is not None else ()
+    return [key.path[1] for key in keys if len(key.path) == 2 and key.path[0] == pipeline]
+
+
+def _pinnable(attempt: Attempt, names: Iterable[str]) -> Iterator[Seal]:
+    for name in names:
+        with suppress(PinError):  # no agent, or one whose own load says so
+            yield attempt.pin(name)
 
 
 def _named(key: dg.AssetKey) -> tuple[str, str]:

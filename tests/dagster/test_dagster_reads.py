@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from dagster_mao.dagster import StateIOManager, StateStoreResource, build_definitions
-from dagster_mao.errors import WiringError
+from dagster_mao.errors import PinError, WiringError
 from tests.dagster import loans
 from tests.dagster.loans import resources, write
 
@@ -87,6 +87,25 @@ def test_two_plain_assets_of_one_run_read_the_same_version_whatever_happens_in_b
     assert len(store(desk).workflows()) == 2
     assert len(set(loaded(result))) == 1
     assert (result.output_for_node("early"), result.output_for_node("late")) == (3, 3)
+
+
+def test_what_a_plain_asset_reads_together_descends_from_one_entry(desk):
+    """Each input alone is pinned well; together they would join new applications with the decisions on the old ones."""
+    applications = dg.AssetKey(["loans", "applications"])
+
+    @dg.asset(ins={"approval": dg.AssetIn(APPROVAL), "applications": dg.AssetIn(applications)})
+    def report(approval: pl.DataFrame, applications: pl.DataFrame) -> int:
+        return approval.height
+
+    tag = {"mao/workflow": "loans/one"}
+    with dg.DagsterInstance.ephemeral() as instance:
+        job = job_of(desk, report)
+        assert job.execute_in_process(instance=instance, tags=tag).success
+        entry_alone = job.get_subset(asset_selection={applications})
+        assert entry_alone.execute_in_process(instance=instance, tags=tag).success
+        alone = job.get_subset(asset_selection={report.key})
+        with pytest.raises(PinError, match="different entries"):
+            alone.execute_in_process(instance=instance, tags=tag)
 
 
 def test_several_partitions_come_as_frames_by_partition_key(desk):
