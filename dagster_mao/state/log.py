@@ -58,7 +58,7 @@ _COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
 }
 SCHEMA = pl.Schema(_COLUMNS)
 
-# An open reads every commit since the last checkpoint, so checkpoints are frequent; the commits behind one are dropped after a minute,
+# An open reads every commit since the last checkpoint, so checkpoints are frequent; the commits behind one are dropped after seconds,
 # because the log's own time travel is not used (the rows say everything, and are chained). `setTransactionRetentionDuration` must never
 # be set: the compare-and-swap lives on these transactions.
 _CHECKPOINT_EVERY = 5
@@ -66,7 +66,7 @@ _COMPACT_EVERY = 20
 _PROPERTIES = {
     "delta.appendOnly": "true",
     "delta.checkpointInterval": str(_CHECKPOINT_EVERY),
-    "delta.logRetentionDuration": "interval 1 minutes",
+    "delta.logRetentionDuration": "interval 10 seconds",
     "delta.enableExpiredLogCleanup": "true",
 }
 _COMPACT_TARGET_BYTES = 4 << 20  # files that reach it are left alone, so one compaction rewrites no more than this and the small ones

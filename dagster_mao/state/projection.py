@@ -25,13 +25,14 @@ from dagster_mao.state.snapshots import VERSION_COLUMN, WORKFLOW_COLUMN
 _PARTITION = pl.Schema({WORKFLOW_COLUMN: pl.String, VERSION_COLUMN: pl.Int64})
 _TRIES = 50
 
-# Defaults would destroy history in 30 days.
+# No file is ever removed (the default would let a vacuum take what a week-old delete left). The table's own commits are: an append slows
+# with their number, each row says its workflow and version, and the table as it was at a moment is the rows sealed until then.
 _PROPERTIES = {
     "delta.appendOnly": "true",
-    "delta.checkpointInterval": "20",
-    "delta.logRetentionDuration": "interval 36500 days",
+    "delta.checkpointInterval": "5",
     "delta.deletedFileRetentionDuration": "interval 36500 days",
-    "delta.enableExpiredLogCleanup": "false",
+    "delta.logRetentionDuration": "interval 10 seconds",
+    "delta.enableExpiredLogCleanup": "true",
 }
 
 logger = logging.getLogger("dagster_mao.state")

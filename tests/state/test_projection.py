@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import polars as pl
 import pytest
 from deltalake import DeltaTable
@@ -52,7 +54,17 @@ def test_the_properties_that_protect_history_are_set(local_store: StateStore) ->
     score = complete(local_store, "run-1")[1]
     held = DeltaTable(score.uri).metadata().configuration
     assert held["delta.appendOnly"] == "true"
-    assert held["delta.enableExpiredLogCleanup"] == "false"
+    assert held["delta.deletedFileRetentionDuration"] == "interval 36500 days"
+
+
+def test_every_version_stays_in_the_table_when_its_commits_are_dropped(local_store: StateStore) -> None:
+    sealed = [seal(local_store, join(local_store, f"run-{n}", key=f"day-{n}"), "applications", float(n)) for n in range(4)]
+    for n in range(4, 12):
+        for commit in (local_store.objects.local / sealed[0].table / "_delta_log").glob("*.json"):
+            os.utime(commit, (0, 0))
+        seal(local_store, join(local_store, f"run-{n}", key=f"day-{n}"), "applications", float(n))
+    assert len(list((local_store.objects.local / sealed[0].table / "_delta_log").glob("*.json"))) < 12
+    assert pl.scan_delta(sealed[0].uri).collect()["points"].sort().to_list() == [float(n) for n in range(12)]
 
 
 def test_an_empty_batch_is_a_version_with_no_rows(store: StateStore) -> None:
