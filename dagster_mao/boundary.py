@@ -107,11 +107,11 @@ def run_agent(
         call = _Call(agent, context, dict(resources or {}))
         result = call.run(frames) if records is None else records
         frame = step.as_frame(result)
-        keys = _driver_keys(agent, frames)
+        driver = _driver(agent, frames)
         return step.seal(
             frame,
             pinned,
-            keys,
+            driver,
             agent_version=agent.agent_version,
             config=config_digest,
             model=agent.model,
@@ -235,13 +235,15 @@ class _Step:
                 self._refuse_if_failed()
         return pl.concat(frames).lazy()
 
-    def seal(self, frame: pl.LazyFrame, pinned: Sequence[Seal], keys: pl.Series | None, *, started: float, **provenance: Any) -> Outcome:
+    def seal(
+        self, frame: pl.LazyFrame, pinned: Sequence[Seal], driver: tuple[str, pl.LazyFrame] | None, *, started: float, **provenance: Any
+    ) -> Outcome:
         contract = self._output
         with _sunk(self._store, self._agent, frame) as batch:
             verdict = contract.check(batch.scan(), exact=True)
             failures = [*verdict.failures, *_one_record(contract, verdict.rows)]
-            if keys is not None and keys.name == contract.key and not failures:
-                failures += _not_conserved(keys, _keys(batch.scan(), contract), contract)
+            if driver and driver[0] == contract.key and not failures:
+                failures += _not_conserved(driver[1], _keys(batch.scan(), contract), contract)
             self._judge(OUTPUT, contract, verdict, failures)
             self._refuse_if_failed()
             sealed, reused = self._attempt.seal(
@@ -452,25 +454,29 @@ def _sunk(store: StateStore, agent: str, frame: pl.LazyFrame) -> Iterator[Any]:
         context.__exit__(None, None, None)
 
 
-def _keys(frame: pl.LazyFrame, contract: Contract[Any]) -> pl.Series:
-    return frame.select(str(contract.key)).collect().to_series()
+def _keys(frame: pl.LazyFrame, contract: Contract[Any]) -> pl.LazyFrame:
+    """The keys of a batch, as the column `key`; lazy, because a batch may be larger than memory."""
+    return frame.select(pl.col(str(contract.key)).alias("key"))
 
 
-def _driver_keys(agent: Agent, frames: Mapping[str, pl.LazyFrame]) -> pl.Series | None:
+def _driver(agent: Agent, frames: Mapping[str, pl.LazyFrame]) -> tuple[str, pl.LazyFrame] | None:
+    """Name of the key, and the keys, of the upstream whose records the agent must account for."""
     for wanted in agent.inputs:
         if wanted.contract.key and wanted.required:
-            return _keys(frames[wanted.upstream], wanted.contract)
+            return wanted.contract.key, _keys(frames[wanted.upstream], wanted.contract)
     return None
 
 
-def _absent(keys: pl.Series, among: pl.Series) -> pl.Series:
-    """The keys that are not among the others. Equal columns, the usual case, cost one comparison."""
-    if len(keys) == len(among) and keys.rename("").equals(among.rename("")):
-        return keys.clear()
-    return keys.to_frame("key").join(among.to_frame("key"), on="key", how="anti").to_series()
+def _absent(keys: pl.LazyFrame, among: pl.LazyFrame) -> pl.Series:
+    """The keys that are not among the others. Equal columns, the usual case, are compared streaming, and nothing is held."""
+    counts = [side.select(pl.len()).collect(engine="streaming").item() for side in (keys, among)]
+    side_by_side = pl.concat([keys.select(one="key"), among.select(other="key")], how="horizontal")
+    if counts[0] == counts[1] and side_by_side.select(pl.col("one").eq_missing(pl.col("other")).all()).collect(engine="streaming").item():
+        return pl.Series("key", [])
+    return keys.join(among, on="key", how="anti").collect(engine="streaming").to_series()
 
 
-def _not_conserved(given: pl.Series, made: pl.Series, contract: Contract[Any]) -> list[RuleFailure]:
+def _not_conserved(given: pl.LazyFrame, made: pl.LazyFrame, contract: Contract[Any]) -> list[RuleFailure]:
     rules = {"record read, but not returned": _absent(given, made), "record returned, but never read": _absent(made, given)}
     return [_key_failure(rule, contract, keys) for rule, keys in rules.items() if len(keys)]
 

@@ -235,7 +235,9 @@ def test_verify_compares_with_dagsters_event_log(root: Path, tmp_path: Path) -> 
 
 def test_verify_tells_a_damaged_log_without_a_traceback(root: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(root, tmp_path / "state"))
-    (damaged / "state_log/_delta_log/00000000000000000002.json").write_text("{")
+    newest = max((damaged / "state_log/_delta_log").glob("*.json")).name.partition(".")[0]
+    for file in (damaged / "state_log/_delta_log").glob(f"{newest}.*"):
+        file.write_text("{")
     out = call("verify", "--root", damaged, code=1).stdout
     assert "log_unreadable  the state log" in out
     for command in (["history"], ["show", MONDAY], ["diff", f"{MONDAY}@0", f"{MONDAY}@1"]):

@@ -52,7 +52,7 @@ def history(store: StateStore, workflow: str | None = None) -> list[Seal]:
     """
     if workflow is not None:
         return known(store, workflow)
-    rows = store.log().sort("sealed_at", "workflow_id", "version").collect()
+    rows = store.collect(store.log().sort("sealed_at", "workflow_id", "version"))
     return [Seal.model_validate(row) for row in rows.iter_rows(named=True)]
 
 

@@ -73,6 +73,7 @@ _COMPACT_TARGET_BYTES = 4 << 20  # files that reach it are left alone, so one co
 _VACUUM_EVERY = 500
 _COMPACTION = "compaction"  # no workflow id: those have a slash
 _TRIES = 1000
+_UNREADABLE = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)  # polars panics on a file that is cut off
 
 logger = logging.getLogger("dagster_mao.state")
 
@@ -116,14 +117,25 @@ class StateLog:
             try:
                 rows = self._files(table).filter(pl.col("workflow_id") == workflow_id).sort("version").collect()
                 return [Seal.model_validate(row) for row in rows.iter_rows(named=True)]
-            except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-                # Compaction and vacuum may take a file away under an old handle. polars panics on a file that is cut off.
+            except _UNREADABLE as error:
+                # Compaction and vacuum may take a file away under an old handle.
                 if last:
-                    raise StoreError(
-                        f"The state log at {self.uri} cannot be read: {str(error).splitlines()[0]}", workflow=workflow_id
-                    ) from error
+                    raise self._unreadable(error) from error
                 table = None
         return []
+
+    def collect(self, rows: pl.LazyFrame) -> pl.DataFrame:
+        """What a query over `scan` finds. Raises `StoreError` when a file of the log cannot be read."""
+        try:
+            return rows.collect()
+        except _UNREADABLE as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: BaseException) -> StoreError:
+        return StoreError(
+            f"The state log at {self.uri} cannot be read: {str(error).splitlines()[0]}",
+            fix="run `dagster-mao verify` and restore from a backup",
+        )
 
     def _files(self, table: DeltaTable | None) -> pl.LazyFrame:
         """The same rows as `scan`, without what a general Delta reader does first: this table has no partitions and deletes nothing."""
@@ -213,7 +225,7 @@ class StateLog:
             self._compact(table)
             if vacuum:
                 table.vacuum(retention_hours=1, enforce_retention_duration=False, dry_run=False)
-        except (DeltaError, OSError, MaoError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        except (DeltaError, MaoError, *_UNREADABLE) as error:
             logger.warning("housekeeping of the state log was put off: %s", error)  # the next seal's turn
 
     def _compact(self, table: DeltaTable) -> None:

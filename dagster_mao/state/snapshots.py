@@ -14,7 +14,7 @@ from urllib.parse import quote
 import polars as pl
 
 from dagster_mao.errors import TamperedError
-from dagster_mao.state.objects import Objects, reaching
+from dagster_mao.state.objects import Objects, file_digest, reaching
 from dagster_mao.state.seal import Seal
 
 # pydantic forbids field names with a leading underscore, so these can never hide a contract's field.
@@ -46,8 +46,7 @@ def staged(objects: Objects, frame: pl.LazyFrame | pl.DataFrame) -> Iterator[Sta
         file = folder / "batch.parquet"
         _sink(frame.lazy(), file, objects.root)
         with reaching(objects.root):
-            with file.open("rb") as handle:
-                digest = _file_digest(handle)
+            digest = file_digest(file)
             size = file.stat().st_size
         yield Staged(file, digest, size)
 
@@ -61,13 +60,6 @@ def _sink(frame: pl.LazyFrame, file: Path, root: str) -> None:
             raise
         with reaching(root):
             raise OSError(str(error)) from error
-
-
-def _file_digest(handle: io.BufferedReader) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    while chunk := handle.read(8 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def snapshot_name(workflow_id: str, version: int, digest: str) -> str:

@@ -42,12 +42,16 @@ class StateStore:
         """The whole state log at the version it has now, one row per seal, columns as the fields of `Seal`."""
         return self._log.scan(self._log.open())
 
+    def collect(self, rows: pl.LazyFrame) -> pl.DataFrame:
+        """What a query over `log` finds. Raises `StoreError` when a file of the log cannot be read."""
+        return self._log.collect(rows)
+
     def workflows(self, pipeline: str | None = None) -> list[str]:
         """Ids of the workflows that have been sealed, sorted."""
         rows = self.log()
         if pipeline is not None:
             rows = rows.filter(pl.col("pipeline") == pipeline)
-        return rows.select("workflow_id").unique().sort("workflow_id").collect()["workflow_id"].to_list()
+        return self.collect(rows.select("workflow_id").unique().sort("workflow_id"))["workflow_id"].to_list()
 
     def seals(self, workflow_id: str) -> list[Seal]:
         """All seals of a workflow by version; empty when it has none."""
@@ -117,7 +121,7 @@ class StateStore:
 
     def _last_completed(self, pipeline: str) -> str:
         newest = self.log().filter(pl.col("pipeline") == pipeline).group_by("workflow_id").agg(pl.col("sealed_at").max())
-        for workflow_id in newest.sort("sealed_at", "workflow_id", descending=True).collect()["workflow_id"]:
+        for workflow_id in self.collect(newest.sort("sealed_at", "workflow_id", descending=True))["workflow_id"]:
             if self.effective(workflow_id):
                 return str(workflow_id)
         raise PinError(f"No attempt of {pipeline!r} has completed yet", fix="materialise the pipeline with its entry first")

@@ -208,8 +208,15 @@ def unsealed_parent(store: StateStore, monday: list[Seal]) -> Found:
     return {("parent_wrong", MONDAY, 5, LOG), ("anchor_differs", MONDAY, 5, LOG)}
 
 
+def damage_newest(delta_log: Path) -> None:
+    """The newest commit, and the checkpoint of it if there is one: what no later checkpoint makes up for."""
+    newest = max(delta_log.glob("*.json")).name.partition(".")[0]
+    for file in delta_log.glob(f"{newest}.*"):
+        file.write_text('{"add": {"path"')
+
+
 def damaged_delta_log(store: StateStore, monday: list[Seal]) -> Found:
-    at(store, f"{LOG}/_delta_log/00000000000000000003.json").write_text('{"add": {"path"')
+    damage_newest(at(store, f"{LOG}/_delta_log"))
     return {("log_unreadable", None, None, f"{LOG}/_delta_log")}
 
 
@@ -256,7 +263,7 @@ def removed_from_its_table(store: StateStore, monday: list[Seal]) -> Found:
 
 
 def damaged_table(store: StateStore, monday: list[Seal]) -> Found:
-    at(store, f"{monday[1].table}/_delta_log/00000000000000000001.json").write_text("}")
+    damage_newest(at(store, f"{monday[1].table}/_delta_log"))
     return {("table_unreadable", None, None, f"{monday[1].table}/_delta_log")}
 
 
