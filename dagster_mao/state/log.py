@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import polars as pl
 from deltalake import CommitProperties, DeltaTable, Transaction
@@ -62,14 +62,15 @@ SCHEMA = pl.Schema(_COLUMNS)
 # because the log's own time travel is not used (the rows say everything, and are chained). `setTransactionRetentionDuration` must never
 # be set: the compare-and-swap lives on these transactions.
 _CHECKPOINT_EVERY = 5
-_COMPACT_EVERY = 20
+_COMPACT_EVERY = 10
 _PROPERTIES = {
     "delta.appendOnly": "true",
     "delta.checkpointInterval": str(_CHECKPOINT_EVERY),
     "delta.logRetentionDuration": "interval 10 seconds",
     "delta.enableExpiredLogCleanup": "true",
 }
-_COMPACT_TARGET_BYTES = 4 << 20  # files that reach it are left alone, so one compaction rewrites no more than this and the small ones
+# Ten files of about as many rows become one: each row is rewritten once per power of ten, and no more often, up to the largest tier.
+_TIER_FILES, _TIERS = 10, 4
 _VACUUM_EVERY = 500
 _COMPACTION = "compaction"  # no workflow id: those have a slash
 _TRIES = 1000
@@ -229,15 +230,14 @@ class StateLog:
             logger.warning("housekeeping of the state log was put off: %s", error)  # the next seal's turn
 
     def _compact(self, table: DeltaTable) -> None:
-        """Merges the small files into one, as a transaction of its own: of two compactions at once, one loses.
+        """Merges files of one tier into one of the next, as a transaction of its own: of two compactions at once, one loses.
 
         Delta's own `optimize.compact` does not look for another compaction: both land, and every row is there twice.
         """
         files = pl.DataFrame(table.get_add_actions(flatten=True))
-        small = files.filter(pl.col("size_bytes") < _COMPACT_TARGET_BYTES)
-        if small.height < _COMPACT_EVERY // 2:
+        names = _crowded_tier(dict(files.select("path", "num_records").iter_rows()))
+        if not names:
             return
-        names = small["path"].to_list()
         urls = [f"{self.uri}/{name}" for name in names]
         rows = pl.read_parquet(urls, glob=False, storage_options=self._objects.storage_options or None).sort("workflow_id", "version")
         removes = [RemoveAction(name, False, _now_ms()) for name in names]
@@ -248,6 +248,14 @@ class StateLog:
             table.schema(),
             commit_properties=CommitProperties(app_transactions=[Transaction(_COMPACTION, turn)], max_commit_retries=1000),
         )
+
+
+def _crowded_tier(rows: Mapping[str, int]) -> list[str]:
+    """The files of the lowest tier that has enough of them to be merged; a tier holds files of up to ten times the rows of the one below."""
+    tiers: dict[int, list[str]] = {}
+    for name, count in rows.items():
+        tiers.setdefault(len(str(count)) - 1, []).append(name)
+    return next((tiers[tier] for tier in sorted(tiers) if tier < _TIERS and len(tiers[tier]) >= _TIER_FILES), [])
 
 
 def _now_ms() -> int:

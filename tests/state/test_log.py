@@ -15,7 +15,7 @@ from scenario import complete, join, rows, seal
 
 from dagster_mao.errors import PinError, StoreError, TamperedError, UnknownVersionError
 from dagster_mao.state import StateStore
-from dagster_mao.state.log import StateLog
+from dagster_mao.state.log import StateLog, _crowded_tier
 from dagster_mao.state.objects import Objects, safe_name
 
 
@@ -85,6 +85,20 @@ def test_the_log_keeps_itself_small(local_store: StateStore) -> None:
     files = DeltaTable(local_store._log.uri).file_uris()
     assert len(files) < 25
     assert len(local_store.workflows()) == 45
+
+
+def test_a_row_is_rewritten_once_per_tier() -> None:
+    """Merging everything into one growing file rewrites n*n/20 rows, and keeps them on the disk until a vacuum."""
+    files, rewritten, names = {}, 0, iter(range(10_000_000))
+    for sealed in range(1, 10_001):
+        files[str(next(names))] = 1
+        if sealed % 10 == 0 and (merged := _crowded_tier(files)):
+            rows = sum(files.pop(name) for name in merged)
+            files[str(next(names))] = rows
+            rewritten += rows
+    assert sum(files.values()) == 10_000
+    assert rewritten <= 4 * 10_000
+    assert len(files) < 50
 
 
 def test_housekeeping_that_fails_does_not_fail_the_seal(
