@@ -251,11 +251,14 @@ class StateLog:
 
 
 def _crowded_tier(rows: Mapping[str, int]) -> list[str]:
-    """The files of the lowest tier that has enough of them to be merged; a tier holds files of up to ten times the rows of the one below."""
+    """The files of the highest tier that has enough of them to be merged. A tier holds files of up to ten times the rows of the one below.
+
+    The highest, because the lowest is crowded at every turn.
+    """
     tiers: dict[int, list[str]] = {}
     for name, count in rows.items():
         tiers.setdefault(len(str(count)) - 1, []).append(name)
-    return next((tiers[tier] for tier in sorted(tiers) if tier < _TIERS and len(tiers[tier]) >= _TIER_FILES), [])
+    return next((tiers[tier] for tier in sorted(tiers, reverse=True) if tier < _TIERS and len(tiers[tier]) >= _TIER_FILES), [])
 
 
 def _now_ms() -> int:
