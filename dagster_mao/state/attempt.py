@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
+from deltalake import DeltaTable
 from pydantic import BaseModel, ConfigDict
 
 from dagster_mao.errors import FencedError, PinError, StaleStateError, TamperedError
@@ -53,11 +54,13 @@ class Provenance(BaseModel):
 class Attempt:
     """An attempt as one step sees it. `pin` and `seal` judge by the seals that were there when the step joined."""
 
-    def __init__(self, objects: Objects, log: StateLog, pins: Pins, *, run_id: str, lineage: tuple[str, ...]) -> None:
+    def __init__(
+        self, objects: Objects, log: StateLog, table: DeltaTable | None, pins: Pins, *, run_id: str, lineage: tuple[str, ...]
+    ) -> None:
         self._objects, self._log, self._pins = objects, log, pins
         self.run_id, self._lineage = run_id, frozenset(lineage)
-        self._table = log.open()
-        self._seen: list[Seal] = log.seals(pins.workflow_id, self._table)
+        self._table = table
+        self._seen: list[Seal] = log.seals(pins.workflow_id, table)
 
     @property
     def id(self) -> str:

@@ -116,7 +116,7 @@ class StateLog:
         for last in (False, False, True):
             table = table or self.open()
             try:
-                rows = self._files(table).filter(pl.col("workflow_id") == workflow_id).sort("version").collect()
+                rows = self._files(table, workflow_id).filter(pl.col("workflow_id") == workflow_id).sort("version").collect()
                 return [Seal.model_validate(row) for row in rows.iter_rows(named=True)]
             except _UNREADABLE as error:
                 # Compaction and vacuum may take a file away under an old handle.
@@ -138,12 +138,26 @@ class StateLog:
             fix="run `dagster-mao verify` and restore from a backup",
         )
 
-    def _files(self, table: DeltaTable | None) -> pl.LazyFrame:
-        """The same rows as `scan`, without what a general Delta reader does first: this table has no partitions and deletes nothing."""
-        files = [] if table is None else [f"{self.uri}/{uri.rpartition('/')[2]}" for uri in table.file_uris()]
-        if not files:
+    def head(self, workflow_id: str, table: DeltaTable | None) -> int:
+        """The workflow's last version by its transactions, without reading a row; -1 when it has none."""
+        version = None if table is None else table.transaction_version(workflow_id)
+        return -1 if version is None else version
+
+    def _files(self, table: DeltaTable | None, workflow_id: str | None = None) -> pl.LazyFrame:
+        """Rows at the version of the handle: all, or at least the workflow's, from the files whose statistics allow it.
+
+        A general Delta reader does more first, for partitions and deletes that this table does not have.
+        """
+        if table is None:
             return pl.LazyFrame(schema=SCHEMA)
-        return pl.scan_parquet(files, glob=False, storage_options=self._objects.storage_options or None)
+        files = pl.DataFrame(table.get_add_actions(flatten=True)) if table.file_uris() else pl.DataFrame(schema={"path": pl.String})
+        if workflow_id is not None and "min.workflow_id" in files.columns:
+            outside = (pl.col("min.workflow_id") > workflow_id) | (pl.col("max.workflow_id") < workflow_id)
+            files = files.filter(~outside.fill_null(False))
+        if files.is_empty():
+            return pl.LazyFrame(schema=SCHEMA)
+        urls = [f"{self.uri}/{path}" for path in files["path"]]
+        return pl.scan_parquet(urls, glob=False, storage_options=self._objects.storage_options or None)
 
     def append(
         self, workflow_id: str, seen: Sequence[Seal], make: Callable[[Sequence[Seal]], Seal], table: DeltaTable | None = None
@@ -157,8 +171,7 @@ class StateLog:
         mismatches = 0
         for _ in range(_TRIES):
             table = table or self.open() or self._create()
-            head = table.transaction_version(workflow_id)
-            length = 0 if head is None else head + 1
+            length = self.head(workflow_id, table) + 1
             if length != len(seen):
                 seen = self.seals(workflow_id, table)
             if length != len(seen):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import quote
 
 import polars as pl
+from deltalake import DeltaTable
 
 from dagster_mao.errors import PinError, TamperedError, UnknownVersionError
 from dagster_mao.state import snapshots
@@ -96,16 +97,28 @@ class StateStore:
         continue.
         """
         path = f"attempts/{pipeline}/{safe_name(attempt)}/{safe_name(workflow_key) if workflow_key is not None else 'unpartitioned'}.json"
+        table = self._log.open()
         if not self.objects.exists(path):
             now = now or dt.datetime.now(dt.timezone.utc)
-            pins = self._pin(pipeline, attempt, tuple(plan), entry, workflow_key, now)
+            pins = self._pin(pipeline, attempt, tuple(plan), entry, workflow_key, now, table)
             self.objects.put_if_absent(path, pins.model_dump_json().encode())
         pins = Pins.model_validate_json(self.objects.get(path))
-        joined = Attempt(self.objects, self._log, pins, run_id=run_id, lineage=tuple(lineage) or (run_id,))
+        if pins.base > self._log.head(pins.workflow_id, table):  # another step pinned meanwhile, and saw more
+            table = self._log.open()
+        joined = Attempt(self.objects, self._log, table, pins, run_id=run_id, lineage=tuple(lineage) or (run_id,))
         joined.refuse_if_fenced()
         return joined
 
-    def _pin(self, pipeline: str, attempt: str, plan: tuple[str, ...], entry: str, key: str | None, now: dt.datetime) -> Pins:
+    def _pin(
+        self,
+        pipeline: str,
+        attempt: str,
+        plan: tuple[str, ...],
+        entry: str,
+        key: str | None,
+        now: dt.datetime,
+        table: DeltaTable | None,
+    ) -> Pins:
         if key is not None:
             workflow_id = f"{pipeline}/{key}"
         elif entry in plan:
@@ -116,7 +129,7 @@ class StateStore:
             raise PinError(
                 f"The workflow id is longer than {_LONGEST_ID} bytes, percent-encoded", workflow=workflow_id, fix="shorten the key"
             )
-        base = len(self.seals(workflow_id)) - 1
+        base = self._log.head(workflow_id, table)
         return Pins(workflow_id=workflow_id, pipeline=pipeline, attempt=attempt, entry=entry, plan=plan, base=base, now=now)
 
     def _last_completed(self, pipeline: str) -> str:
