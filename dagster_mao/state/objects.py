@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from obstore.store import LocalStore, from_url
 from dagster_mao.errors import StoreError, TamperedError
 
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|↳|\n\nDebug source:.*", re.DOTALL)  # delta-rs and obstore draw their chains of causes
+_ABANDONED_SECONDS = 7 * 24 * 3600
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,79}")
 
 
@@ -136,6 +138,7 @@ class Objects:
             if self.local is not None:
                 parent = self.local / ".staging"
                 parent.mkdir(parents=True, exist_ok=True)
+                _sweep(parent)
             folder = Path(tempfile.mkdtemp(dir=parent, prefix="mao-"))
         try:
             yield folder
@@ -186,6 +189,14 @@ class Objects:
             if folder in self._flushed or folder == self.local.parent:
                 break
             self._flushed.add(folder)
+
+
+def _sweep(staging: Path) -> None:
+    """Removes what killed steps left behind; a step that still works on a batch after a week is not expected."""
+    for folder in staging.iterdir():
+        with suppress(FileNotFoundError):  # swept by somebody else
+            if folder.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def file_digest(file: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import polars as pl
@@ -212,6 +213,18 @@ def test_safe_names_differ_for_different_texts() -> None:
     names = {safe_name(text) for text in texts}
     assert len(names) == len(texts)
     assert all("/" not in name and ".." not in name and name for name in names)
+
+
+def test_what_a_killed_step_left_in_staging_is_removed_after_a_week(local_store: StateStore) -> None:
+    complete(local_store, "run-1")
+    staging = local_store.objects.local / ".staging"
+    for name, age_days in (("old", 8), ("young", 6)):
+        (staging / name).mkdir()
+        (staging / name / "batch.parquet").write_bytes(b"half a ba")
+        then = time.time() - age_days * 24 * 3600
+        os.utime(staging / name, (then, then))
+    complete(local_store, "run-2")
+    assert {folder.name for folder in staging.iterdir()} == {"young"}
 
 
 def test_put_if_absent_has_one_winner(store: StateStore) -> None:
