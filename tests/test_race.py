@@ -27,6 +27,6 @@ def test_reading_the_latest_version_is_as_wrong_and_pinned_versions_are_never_wr
 def test_eight_processes_sealing_the_same_workflows_lose_nothing_even_when_killed(tmp_path: Path) -> None:
     found = storm(str(tmp_path / "state"), processes=8, tries=12, workflows=3, kills=2)
     assert found["killed"] == 2
-    assert found["acknowledged"] > 40
+    assert found["tried"] >= 8 * 12  # whoever was not killed got through all its tries
     assert found["sealed"] >= found["acknowledged"]
     assert {name: found[name] for name in ("lost", "doubled", "skipped", "torn")} == {"lost": 0, "doubled": 0, "skipped": 0, "torn": 0}

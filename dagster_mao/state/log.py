@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 import polars as pl
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake import Schema as DeltaSchema
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from dagster_mao.errors import MaoError, StoreError, TamperedError
 from dagster_mao.state.objects import Objects, reaching
 from dagster_mao.state.seal import Seal
+from dagster_mao.state.tables import open_table
 
 _PATH = "state_log"
 _UTC = pl.Datetime("us", "UTC")
@@ -91,19 +92,7 @@ class StateLog:
 
         Raises `StoreError` when the store cannot be reached or the log is damaged.
         """
-        with reaching(self._objects.root):
-            for last in (False, False, True):
-                try:
-                    return DeltaTable(self.uri, storage_options=self._objects.storage_options)
-                except TableNotFoundError:
-                    if any(True for _ in self._objects.list(_PATH)):
-                        raise
-                    return None
-                except DeltaError:
-                    # A clean-up between the listing and the read takes files away: the second look finds the newer checkpoint.
-                    if last:
-                        raise
-        return None
+        return open_table(self._objects, _PATH, evidence=_PATH)
 
     def scan(self, table: DeltaTable | None) -> pl.LazyFrame:
         """All rows, at the version of the handle."""
@@ -209,10 +198,13 @@ class StateLog:
             )
         except CommitFailedError:
             return False  # lost the race, or the acknowledgement
-        except DeltaError as error:
-            # Also what a handle gets whose version was cleaned away meanwhile. The commit may have landed: look.
+        except (DeltaError, FileNotFoundError) as error:
+            # What a handle gets whose version was dropped behind a checkpoint meanwhile. The commit may have landed: look.
             logger.debug("commit of %s did not answer: %s", seal.reference, error)
             return False
+        except OSError as error:
+            with reaching(self._objects.root):
+                raise error
         new = self._objects.sync_commits(_PATH, before)
         if any(version % _COMPACT_EVERY == 0 for version in new):
             self._maintain(vacuum=any(version % _VACUUM_EVERY == 0 for version in new))
@@ -239,6 +231,8 @@ class StateLog:
             self._compact(table)
             if vacuum:
                 table.vacuum(retention_hours=1, enforce_retention_duration=False, dry_run=False)
+        except CommitFailedError:
+            logger.debug("another process compacts the state log")
         except (DeltaError, MaoError, *_UNREADABLE) as error:
             logger.warning("housekeeping of the state log was put off: %s", error)  # the next seal's turn
 

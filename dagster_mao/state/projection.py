@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import polars as pl
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake import Schema as DeltaSchema
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction
 
 from dagster_mao.errors import IncompatibleContractError, MaoError
 from dagster_mao.state.objects import Objects, reaching
 from dagster_mao.state.seal import Seal
 from dagster_mao.state.snapshots import VERSION_COLUMN, WORKFLOW_COLUMN
+from dagster_mao.state.tables import open_table
 
 _PARTITION = pl.Schema({WORKFLOW_COLUMN: pl.String, VERSION_COLUMN: pl.Int64})
 _TRIES = 50
@@ -46,11 +47,7 @@ class Projection:
         self._table: DeltaTable | None = None
 
     def open(self) -> DeltaTable | None:
-        with reaching(self._objects.root):
-            try:
-                return DeltaTable(self.uri, storage_options=self._objects.storage_options)
-            except TableNotFoundError:
-                return None
+        return open_table(self._objects, self.path, evidence=f"{self.path}/_delta_log")
 
     def admit(self, schema: pl.Schema, agent: str) -> None:
         """Raises `IncompatibleContractError` when rows of this schema cannot stand beside those already in the table."""
@@ -77,6 +74,7 @@ class Projection:
             for _ in range(_TRIES):
                 if self._try_add(seals, schema):
                     return
+            logger.warning("the table %s is behind the state log: no add got through", self.path)
         except MaoError as error:
             logger.warning("the table %s is behind the state log: %s", self.path, error)
 
@@ -100,7 +98,7 @@ class Projection:
                         app_transactions=[Transaction(workflow, missing[-1].version)], max_commit_retries=1000
                     ),
                 )
-            except CommitFailedError:
+            except (DeltaError, FileNotFoundError):  # lost, or the handle is older than the clean-up: look again
                 return False
             self._objects.sync_commits(self.path, before)
         return True
