@@ -69,6 +69,8 @@ _PROPERTIES = {
     "delta.checkpointInterval": str(_CHECKPOINT_EVERY),
     "delta.logRetentionDuration": "interval 10 seconds",
     "delta.enableExpiredLogCleanup": "true",
+    # Checkpoints carry the names of merged files for so long (a week by default), and every open reads them.
+    "delta.deletedFileRetentionDuration": "interval 5 minutes",
 }
 # Ten files of about as many rows become one: each row is rewritten once per power of ten, and no more often, up to the largest tier.
 _TIER_FILES, _TIERS = 10, 4
@@ -230,7 +232,7 @@ class StateLog:
             table = DeltaTable(self.uri, storage_options=self._objects.storage_options)
             self._compact(table)
             if vacuum:
-                table.vacuum(retention_hours=1, enforce_retention_duration=False, dry_run=False)
+                table.vacuum(retention_hours=1, enforce_retention_duration=False, dry_run=False, full=True)
         except CommitFailedError:
             logger.debug("another process compacts the state log")
         except (DeltaError, MaoError, *_UNREADABLE) as error:
