@@ -1,0 +1,9 @@
+"""The command line: what happened in a store, read without the pipeline's code. One module per family of commands.
+
+Exit codes: 0 good, 1 a bad answer (findings, differences, nothing by that name, a store that cannot be read), 2 wrong usage.
+"""
+
+from dagster_mao.cli import look, verify  # each registers its commands
+from dagster_mao.cli._app import app
+
+__all__ = ["app", "look", "verify"]

@@ -1,0 +1,73 @@
+"""Where the state lies: options, then the environment, then the project's pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dagster_mao.cli._app import ROOT
+from dagster_mao.cli._print import misused
+from dagster_mao.errors import StoreError
+from dagster_mao.state.store import StateStore
+
+
+def open_store(root: str | None, storage_option: Sequence[str] | None, *, damaged: bool = False) -> StateStore:
+    """The store that options, environment and project say. Raises `StoreError` when there is no state in it; creates nothing.
+
+    With `damaged`, a store that has lost its log is still one, to be looked into.
+    """
+    options = _options(storage_option)
+    configured, where = project()
+    said = [(root, "--root"), (os.environ.get(ROOT), f"${ROOT}"), (placed(configured.get("root"), where), str(where))]
+    place, by = next(((place, by) for place, by in said if place), ("", ""))
+    if not place:
+        raise StoreError("No state store is named", fix=f"give --root, set {ROOT}, or put root under [tool.dagster-mao] in pyproject.toml")
+    store = StateStore(place, {**configured.get("storage_options", {}), **options})
+    if not any(_holds(store, folder) for folder in (("state_log", "tables") if damaged else ("state_log",))):
+        raise StoreError(f"There is no state at {store.root} (named by {by})", fix="run the pipeline first, or name another root")
+    return store
+
+
+def _holds(store: StateStore, folder: str) -> bool:
+    return next(iter(store.objects.list(folder)), None) is not None
+
+
+def _options(pairs: Iterable[str] | None) -> dict[str, str]:
+    options = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            misused(f"--storage-option takes KEY=VALUE, not {pair!r}")
+        options[name] = value
+    return options
+
+
+def project() -> tuple[dict[str, Any], Path]:
+    """[tool.dagster-mao] of the nearest pyproject.toml upward that has one, and that file."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        file = folder / "pyproject.toml"
+        if file.is_file():
+            try:
+                table = _toml(file).get("tool", {}).get("dagster-mao")
+            except (OSError, ValueError) as error:
+                raise StoreError(f"{file} cannot be read: {error}", fix="mend it, or work with --root from another folder") from error
+            if table is not None:
+                return dict(table), file
+    return {}, here / "pyproject.toml"
+
+
+def _toml(file: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def placed(place: str | None, file: Path) -> str | None:
+    """A path of pyproject.toml counts from that file's folder."""
+    return place if not place or "://" in place else str(file.parent / place)

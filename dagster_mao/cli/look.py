@@ -1,0 +1,254 @@
+"""`history`, `show` and `diff`: what was sealed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from dagster_mao.cli._app import Json, Root, Storage, app
+from dagster_mao.cli._print import cell, grid, misused, moment, plain, print_json, print_rows, sheet, short, terminal
+from dagster_mao.cli._where import open_store
+from dagster_mao.errors import UnknownVersionError
+from dagster_mao.review.diff import Difference, diff
+from dagster_mao.review.history import facts, history, known, parse_reference, records, resolve, with_record
+from dagster_mao.state.seal import Seal
+from dagster_mao.state.store import StateStore
+
+
+@app.command("history", epilog="Example: dagster-mao history credit/2026-01-01")
+def history_command(
+    workflow: Annotated[str | None, typer.Argument(help="A workflow id, <pipeline>/<key>; all when left out.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="Newest versions to list; 0 for all. 50 for people, all in JSON.")] = None,
+    json_: Json = False,
+    root: Root = None,
+    storage_option: Storage = None,
+) -> None:
+    """List the state versions of one workflow, or of all, oldest first."""
+    store = open_store(root, storage_option)
+    seals = history(store, workflow)
+    shown = _newest(seals, (0 if json_ else 50) if limit is None else limit)
+    if json_:
+        print_json([facts(seal) for seal in shown])
+        return
+    console = terminal()
+    for name, chain in _grouped(shown).items():
+        console.print(Text(plain(name), style="bold"))
+        console.print(_versions_table(chain))
+    if len(shown) < len(seals):
+        console.print(f"{len(seals) - len(shown)} older versions are not shown; --limit 0 shows all.")
+    if not seals:
+        console.print("Nothing was sealed here yet.")
+
+
+@app.command("show", epilog="Example: dagster-mao show credit/2026-01-01@3 --record A17")
+def show_command(
+    reference: Annotated[str, typer.Argument(metavar="WORKFLOW[@N]", help="A workflow (its effective state), or one version of it.")],
+    record: Annotated[str | None, typer.Option(metavar="KEY", help="Show the record with this key.", show_default=False)] = None,
+    agent: Annotated[str | None, typer.Option(metavar="NAME", help="Show only this agent's version.", show_default=False)] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Records of a version to show.")] = 3,
+    json_: Json = False,
+    root: Root = None,
+    storage_option: Storage = None,
+) -> None:
+    """Show a workflow's effective state, one version, or one record through all agents; personal fields masked."""
+    store = open_store(root, storage_option)
+    workflow, version = resolve(store, reference)
+    seals = _chosen(store, workflow, version, agent)
+    whole = version is None and agent is None
+    if record is not None:
+        _show_records(workflow, with_record(store, seals, record), whole=whole, as_json=json_)
+    elif whole:
+        _show_effective(store, workflow, seals, as_json=json_)
+    else:
+        _show_records(workflow, [(seals[0], records(store, seals[0], limit=rows))], whole=False, as_json=json_)
+
+
+@app.command("diff", epilog="Example: dagster-mao diff credit/2026-01-01@5 credit/2026-01-02@5")
+def diff_command(
+    left: Annotated[str, typer.Argument(metavar="A@N", help="The version to start from.")],
+    right: Annotated[str, typer.Argument(metavar="B@M", help="The version to compare it with.")],
+    limit: Annotated[int | None, typer.Option(min=0, help="Differing records to list; 0 for all. 20 for people, all in JSON.")] = None,
+    json_: Json = False,
+    root: Root = None,
+    storage_option: Storage = None,
+) -> None:
+    """Compare two versions record by record, and say what else was different when they were made.
+
+    Exits with 0 when the records are the same, with 1 when they differ. Fields marked personal are masked.
+    """
+    references = [_versioned(text) for text in (left, right)]
+    store = open_store(root, storage_option)
+    seals = [_sealed(store, workflow, version) for workflow, version in references]
+    most = (0 if json_ else 20) if limit is None else limit
+    found = diff(store, *seals, limit=most or None)
+    if json_:
+        print_json(_difference_as_json(found))
+    else:
+        _print_difference(found)
+    raise typer.Exit(0 if found.equal else 1)
+
+
+def _chosen(store: StateStore, workflow: str, version: int | None, agent: str | None) -> list[Seal]:
+    """The one version asked for, or the effective state (all agents, or the one asked for) in the order it was sealed."""
+    if version is not None:
+        seal = store.seal_at(workflow, version)
+        if agent not in (None, seal.agent):
+            raise UnknownVersionError(f"Version {version} is by {seal.agent}, not by {agent}", workflow=workflow)
+        return [seal]
+    state = store.effective(workflow)
+    if agent is not None:
+        if agent not in state:
+            there = ", ".join(state) or "nothing: no attempt has completed"
+            raise UnknownVersionError(
+                "The effective state has no version by this agent", agent=agent, workflow=workflow, fix=f"it has {there}"
+            )
+        return [state[agent]]
+    return sorted(state.values(), key=lambda seal: seal.version)
+
+
+def _versioned(text: str) -> tuple[str, int]:
+    workflow, version = parse_reference(text)
+    if version is None:
+        misused(f"{text!r} names no version: write WORKFLOW@N")
+    return workflow, version
+
+
+def _sealed(store: StateStore, workflow: str, version: int) -> Seal:
+    known(store, workflow)
+    return store.seal_at(workflow, version)
+
+
+def _newest(seals: list[Seal], limit: int) -> list[Seal]:
+    return seals[-limit:] if limit else seals
+
+
+def _grouped(seals: Iterable[Seal]) -> dict[str, list[Seal]]:
+    chains: dict[str, list[Seal]] = {}
+    for seal in seals:
+        chains.setdefault(seal.workflow_id, []).append(seal)
+    return chains
+
+
+def _difference_as_json(found: Difference) -> dict[str, Any]:
+    rest = {name: getattr(found, name) for name in ("equal", "key", "added", "removed", "changed", "same", "by_field", "circumstances")}
+    return {
+        "left": facts(found.left),
+        "right": facts(found.right),
+        **rest,
+        "columns": dict(found.columns),
+        "records": [dataclasses.asdict(record) for record in found.records],
+    }
+
+
+def _versions_table(seals: Sequence[Seal]) -> Table:
+    quarantined = any(seal.quarantined for seal in seals)
+    headings = ["n", "agent", "from", "rows", *(["quarantined"] if quarantined else []), "attempt", "digest", "sealed (UTC)"]
+    table = grid(*headings, numbers=("n", "rows", "quarantined"))
+    for seal in seals:
+        made_from = ", ".join(str(parent.version) for parent in seal.parents) or seal.kind
+        told = [seal.version, seal.agent or None, made_from, f"{seal.row_count:,}"]
+        told += [f"{seal.quarantined:,}"] if quarantined else []
+        table.add_row(*map(cell, [*told, seal.attempt[:8], seal.digest[:8] or None, moment(seal)]))
+    return table
+
+
+def _show_effective(store: StateStore, workflow: str, state: Sequence[Seal], *, as_json: bool) -> None:
+    head = store.seals(workflow)[-1]
+    if as_json:
+        print_json({"workflow_id": workflow, "head": head.version, "versions": [facts(seal) for seal in state]})
+        return
+    console = terminal()
+    console.print(Text(f"{plain(workflow)}: the effective state, left by completed attempts", style="bold"))
+    table = grid("agent", "n", "rows", "contract", "code version", "sealed (UTC)", numbers=("n", "rows"))
+    for seal in state:
+        contract = f"{seal.contract} v{seal.contract_version}"
+        version = seal.agent_version.removeprefix("sha256:")
+        told = [seal.agent, seal.version, f"{seal.row_count:,}", contract, version, moment(seal)[:-3]]
+        table.add_row(*map(cell, told))
+    if state:
+        console.print(table)
+        shown = f"dagster-mao show '{plain(workflow)}@{state[-1].version}'"
+        console.print(Text(f"One version with its records: {shown}", style="dim"), soft_wrap=True)
+    else:
+        console.print(f"No attempt has completed. Versions 0 to {head.version} are of unfinished or fenced ones; see dagster-mao history.")
+
+
+def _show_records(workflow: str, found: Sequence[tuple[Seal, list[dict[str, Any]]]], *, whole: bool, as_json: bool) -> None:
+    if as_json:
+        told = [{**facts(seal), "contract_schema": _described(seal), "records": rows} for seal, rows in found]
+        print_json({"workflow_id": workflow, "versions": told} if whole else told[0])
+        return
+    console = terminal()
+    for seal, rows in found:
+        console.print(Text(plain(f"{seal.reference}: {seal.agent or seal.kind}"), style="bold"))
+        if not whole:
+            console.print(_facts_table(seal))
+        print_rows(console, rows)
+        if len(rows) < seal.row_count and not whole:
+            console.print(Text(f"{len(rows):,} of {seal.row_count:,} records; --rows and --record show others.", style="dim"))
+
+
+def _described(seal: Seal) -> Any:
+    try:
+        return json.loads(seal.contract_schema)
+    except ValueError:
+        return None
+
+
+def _facts_table(seal: Seal) -> Table:
+    table = sheet()
+    parents = [f"{parent.agent} {parent.workflow_id}@{parent.version} {parent.digest[:12]}" for parent in seal.parents]
+    told = {
+        "kind": f"{seal.kind}, attempt {seal.attempt}, epoch {seal.epoch}",
+        "made from": parents,
+        "records": f"{seal.row_count:,}" + (f", and {seal.quarantined:,} in quarantine" if seal.quarantined else ""),
+        "contract": f"{seal.contract} v{seal.contract_version} ({seal.contract_hash[:12]})" if seal.contract else "",
+        "agent version": seal.agent_version,
+        "configuration": seal.config,
+        "model": seal.model,
+        "sealed (UTC)": f"{moment(seal)}, after {seal.latency_seconds:.3f} s",
+        "run": seal.run_id,
+        "file": seal.path,
+        "digest": seal.digest,
+        "seal digest": seal.seal_digest,
+        "chained to": seal.previous_digest,
+    }
+    for name, value in told.items():
+        for line in value if isinstance(value, list) else [value] if value else []:
+            table.add_row(Text(name, style="dim"), cell(line))
+            name = ""  # noqa: PLW2901  the name stands before the first line only
+    return table
+
+
+def _print_difference(found: Difference) -> None:
+    console = terminal()
+    for sign, seal in (("-", found.left), ("+", found.right)):
+        console.print(Text(plain(f"{sign} {seal.reference}: {seal.agent}, {seal.row_count:,} records, {moment(seal)} UTC"), style="bold"))
+    if found.circumstances:
+        table = grid("what else changed", "from", "to")
+        for name, (before, after) in found.circumstances.items():
+            table.add_row(cell(name), cell(short(before)), cell(short(after)))
+        console.print(table)
+        console.print()
+    for name, change in found.columns:
+        console.print(Text(plain(f"field {name}: {change if change != 'changed' else 'another type'}")))
+    counts = f"{found.added:,} added, {found.removed:,} removed, {found.changed:,} changed, {found.same:,} the same"
+    console.print("The records are the same." if found.equal else f"Records: {counts}.")
+    if found.by_field:
+        console.print(Text(plain("Changed fields: " + ", ".join(f"{name} ({count:,})" for name, count in found.by_field.items()))))
+    if found.records:
+        table = grid(plain(found.key or "record"), "change", "field", "from", "to")
+        for record in found.records:
+            key = cell("the only one" if found.key is None else record.key)
+            for name, (before, after) in record.fields.items() or [("", ("", ""))]:
+                table.add_row(key, cell(record.change), cell(name), cell(before), cell(after))
+        console.print(table)
+    unlisted = found.added + found.removed + found.changed - len(found.records)
+    if unlisted > 0:
+        console.print(f"{unlisted:,} more; --limit 0 shows all.")
