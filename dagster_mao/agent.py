@@ -72,6 +72,20 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Quarantine:
+    """Consent to go on without the records that break a contract: they go, with their reasons, to the sibling asset `<agent>_quarantine`.
+
+    `max_share` (0 to 1) is the share of the records that came in which may be quarantined; past it the batch fails after all.
+    """
+
+    max_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_share, bool) or not isinstance(self.max_share, (int, float)) or not 0 <= self.max_share <= 1:
+            raise WiringError(f"`max_share` is {self.max_share!r}", field="quarantine", fix="a share from 0 to 1")
+
+
+@dataclass(frozen=True)
 class AgentContext:
     """What an agent may know about where it runs. Time and randomness come from here and are recorded in the seal.
 
@@ -125,8 +139,9 @@ class Agent:
 
     Class attributes declare the rest: `name` (default: the class name in snake_case), `version` (default: a hash of the module's source
     and of `code_files`), `description` (default: the docstring), `owners`, `tags`, `kinds`, `pool`, `model` as on a Dagster asset, `ins`
-    (parameter -> upstream name, where they differ), `concurrency` (async record-wise calls in flight) and `code_files` (files and
-    directories beside the module that the agent's behaviour depends on).
+    (parameter -> upstream name, where they differ), `concurrency` (async record-wise calls in flight), `code_files` (files and
+    directories beside the module that the agent's behaviour depends on), `quarantine` (a `Quarantine`: bad records are set aside; without
+    one, one bad record fails the batch) and `expectations` (about the batch as a whole).
 
     `inputs`, `output` and the like are read from the signature when first asked for and raise WiringError naming agent, field and fix.
     """
@@ -142,6 +157,8 @@ class Agent:
     ins: Mapping[str, str] = {}
     concurrency: int = 16
     code_files: Sequence[str | Path] = ()
+    quarantine: Quarantine | None = None
+    expectations: Any = ()
 
     _namespace: ClassVar[Mapping[str, Any]] = {}
 
@@ -426,6 +443,8 @@ class Agent:
             value = getattr(self, attribute)
             if isinstance(value, (str, Path)):
                 self._wrong(f"`{attribute}` is one string", attribute, f"{attribute}=[{str(value)!r}]")
+        if self.quarantine is not None and not isinstance(self.quarantine, Quarantine):
+            self._wrong(f"`quarantine` is {self.quarantine!r}", "quarantine", "quarantine=mao.Quarantine(max_share=0.1)")
         if not isinstance(self.concurrency, int) or self.concurrency < 1:
             self._wrong(f"`concurrency` is {self.concurrency!r}", "concurrency", "a whole number from 1 on")
 
@@ -530,6 +549,8 @@ def agent(
     description: str | None = ...,
     code_files: Sequence[str | Path] = ...,
     concurrency: int = ...,
+    quarantine: Quarantine | None = ...,
+    expectations: Any = ...,
 ) -> Callable[[Callable[P, R]], FunctionAgent[P, R]]: ...
 
 
@@ -548,6 +569,8 @@ def agent(
     description: str | None = None,
     code_files: Sequence[str | Path] = (),
     concurrency: int = 16,
+    quarantine: Quarantine | None = None,
+    expectations: Any = (),
 ) -> FunctionAgent[P, R] | Callable[[Callable[P, R]], FunctionAgent[P, R]]:
     """Make an agent of a function: `@agent`, or `@agent(name=..., owners=[...])`. The options are the attributes of `Agent`.
 
@@ -565,6 +588,8 @@ def agent(
         "description": description,
         "code_files": code_files,
         "concurrency": concurrency,
+        "quarantine": quarantine,
+        "expectations": expectations,
     }
     caller = sys._getframe(1)
 

@@ -16,7 +16,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 from pydantic import BaseModel
@@ -44,12 +44,16 @@ _LIBRARY_VERSION = version("dagster-mao")
 
 @dataclass(frozen=True)
 class Check:
-    """The verdict of one boundary check. `metadata` is JSON: what was compared, and, where it failed, `reasons` with masked samples."""
+    """The verdict of one boundary check. `metadata` is JSON: what was compared, and, where it failed, `reasons` with masked samples.
+
+    One that failed with `severity` "warn" did not stop the batch.
+    """
 
     name: str
     passed: bool
     description: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    severity: Literal["error", "warn"] = "error"
 
 
 @dataclass(frozen=True)
@@ -291,7 +295,7 @@ class _Step:
         self._checks[name] = Check(name, False, f"{contract.name} broken: {failure.rule}", facts)
 
     def _refuse_if_failed(self) -> None:
-        failed = [check for check in self._checks.values() if not check.passed]
+        failed = [check for check in self._checks.values() if not check.passed and check.severity == "error"]
         if failed:
             reasons = failed[0].metadata["reasons"]
             broken = reasons[0]["count"]

@@ -17,6 +17,7 @@ EAGER = {
     "LazyFrame",
     "Personal",
     "Pipeline",
+    "Quarantine",
     "Result",
     "Seal",
     "StateStore",

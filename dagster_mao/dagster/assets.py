@@ -184,7 +184,12 @@ def without_values(error: MaoError) -> MaoError:
 
 def _result(key: dg.AssetKey, check: Check) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
-        passed=check.passed, check_name=check.name, asset_key=key, description=check.description, metadata=of_check(check)
+        passed=check.passed,
+        check_name=check.name,
+        asset_key=key,
+        severity=dg.AssetCheckSeverity.WARN if check.severity == "warn" else dg.AssetCheckSeverity.ERROR,
+        description=check.description,
+        metadata=of_check(check),
     )
 
 
