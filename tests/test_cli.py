@@ -129,8 +129,8 @@ def test_show_a_record_through_all_agents(root: Path) -> None:
         ("score", [{"id": "A2", "score": 950}]),
         ("decision", [{"id": "A2", "approved": True}]),
     ]
-    assert "950" in call("show", MONDAY, "--record", "A2", "--root", root).stdout
-    assert "950" not in call("show", f"{MONDAY}@1", "--record", "A2", "--root", root).stdout
+    assert "score  950" in call("show", MONDAY, "--record", "A2", "--root", root).stdout
+    assert "score  950" not in call("show", f"{MONDAY}@1", "--record", "A2", "--root", root).stdout
     assert "No record with this key" in call("show", MONDAY, "--record", "A3", "--root", root, code=1).stderr
 
 

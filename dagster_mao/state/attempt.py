@@ -15,8 +15,11 @@ from dagster_mao.errors import FencedError, PinError, StaleStateError, TamperedE
 from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects
 from dagster_mao.state.projection import Projection
-from dagster_mao.state.seal import Kind, Parent, Seal
+from dagster_mao.state.quarantine import QUARANTINE_SCHEMA
+from dagster_mao.state.seal import QUARANTINE_SUFFIX, Kind, Parent, Seal
 from dagster_mao.state.snapshots import Staged, snapshot_name
+
+_OUTPUTS = ("entry", "output")  # the kinds of seal that hold an agent's rows
 
 
 class Pins(BaseModel):
@@ -106,7 +109,7 @@ class Attempt:
         What this run or the runs it re-executes sealed comes first; what the attempt does not set out to seal comes from the effective
         state as it was when the attempt began. Raises `PinError` when there is none, `TamperedError` when its log row was changed.
         """
-        own = [seal for seal in self._seen if seal.agent == agent and seal.attempt == self.id and seal.run_id in self._lineage]
+        own = [seal for seal in self._seen if self._is_own(seal, agent)]
         if own:
             return _untouched(own[-1])
         if agent in self.plan:
@@ -125,6 +128,10 @@ class Attempt:
                 fix=f"materialise {agent} in the same run, or first",
             )
         return _untouched(state[agent])
+
+    def previous(self, agent: str) -> Seal | None:
+        """What the agent had sealed in the effective state when the attempt began; None before any attempt completed."""
+        return effective(self._seen[: self.base + 1]).get(agent)
 
     def entry_of(self, seal: Seal) -> Seal | None:
         """The entry seal that a seal descends from; None for what has no entry above it."""
@@ -155,11 +162,13 @@ class Attempt:
         schema: pl.Schema,
         parents: Sequence[Parent],
         provenance: Provenance,
+        quarantine: Staged | None = None,
         quarantined: int = 0,
     ) -> tuple[Seal, bool]:
         """Makes the staged batch the workflow's next version; returns the seal and whether it was there already (its own, sealed before).
 
-        Raises `StaleStateError` or `FencedError` when this step lost; then nothing of it is visible to anybody.
+        `quarantine` is the file of the `quarantined` records that were kept out of it. Raises `StaleStateError` or `FencedError` when this
+        step lost; then nothing of it is visible to anybody.
         """
         table = f"tables/{self._pins.pipeline}/{agent}"
         projection = Projection(self._objects, table)
@@ -172,6 +181,8 @@ class Attempt:
             **{"size_bytes": staged.size_bytes, "table": table, "uri": self._objects.url(table)},
             **{"run_id": self.run_id, "base": self.base, "plan": self.plan, "now": self.now},
             "sealed_at": dt.datetime.now(dt.timezone.utc),
+            "quarantine_digest": quarantine.digest if quarantine else None,
+            "quarantine_bytes": quarantine.size_bytes if quarantine else None,
         }
         pinned = len(self._seen)
         reused = False
@@ -184,21 +195,31 @@ class Attempt:
             self._refuse_if_lost(agent, seen[pinned:])
             path = f"{table}/{snapshot_name(self.workflow_id, len(seen), staged.digest)}"
             self._objects.adopt(staged.file, path)
-            return _next(seen, {**row, "path": path})
+            aside = None
+            if quarantine is not None:
+                aside = f"{table}{QUARANTINE_SUFFIX}/{snapshot_name(self.workflow_id, len(seen), quarantine.digest)}"
+                self._objects.adopt(quarantine.file, aside)
+            return next_seal(seen, {**row, "path": path, "quarantine_path": aside})
 
         seal = self._log.append(self.workflow_id, self._seen, make, self._table)
         self._table = None  # it has moved
         self._seen = self._log.seals(self.workflow_id) if reused or seal.version != len(self._seen) else [*self._seen, seal]
-        projection.add([s for s in self._seen if s.agent == agent and s.digest], schema)
+        own = [s for s in self._seen if s.agent == agent and s.kind in _OUTPUTS]
+        projection.add(own, schema)
+        if any(s.quarantine_path for s in own):
+            Projection(self._objects, f"{table}{QUARANTINE_SUFFIX}").add(own, QUARANTINE_SCHEMA)
         return seal, reused
 
     def _already(self, seen: Sequence[Seal], row: Mapping[str, Any]) -> Seal | None:
         """This lineage's last seal of the agent, when it says the same: a lost acknowledgement, or a re-execution that changed nothing."""
-        same = ("digest", "parents", "contract_hash", "agent_version", "config", "model")
-        own = [seal for seal in seen if seal.agent == row["agent"] and seal.attempt == self.id and seal.run_id in self._lineage]
+        same = ("digest", "quarantine_digest", "parents", "contract_hash", "agent_version", "config", "model")
+        own = [seal for seal in seen if self._is_own(seal, row["agent"])]
         if own and all(getattr(own[-1], name) == row[name] for name in same):
             return own[-1]
         return None
+
+    def _is_own(self, seal: Seal, agent: str) -> bool:
+        return seal.agent == agent and seal.kind in _OUTPUTS and seal.attempt == self.id and seal.run_id in self._lineage
 
     def _refuse_if_lost(self, agent: str, since: Sequence[Seal]) -> None:
         for seal in since:
@@ -209,7 +230,7 @@ class Attempt:
                     workflow=self.workflow_id,
                     fix="start a new run; nothing of this one was sealed after the fence",
                 )
-            if seal.agent == agent:
+            if seal.agent == agent and seal.kind in _OUTPUTS:
                 raise StaleStateError(
                     f"Run {seal.run_id} sealed version {seal.version} of it while this step ran",
                     agent=agent,
@@ -224,7 +245,7 @@ def effective(seals: Sequence[Seal]) -> dict[str, Seal]:
     sealed: dict[str, dict[str, Seal]] = {}
     state: dict[str, Seal] = {}
     for seal in seals:
-        if seal.attempt in fenced or seal.kind not in ("entry", "output"):
+        if seal.attempt in fenced or seal.kind not in _OUTPUTS:
             continue
         attempt = sealed.setdefault(seal.attempt, {})
         attempt[seal.agent] = seal
@@ -233,9 +254,10 @@ def effective(seals: Sequence[Seal]) -> dict[str, Seal]:
     return state
 
 
-def _next(seen: Sequence[Seal], row: Mapping[str, Any]) -> Seal:
+def next_seal(seen: Sequence[Seal], row: Mapping[str, Any]) -> Seal:
+    """The row as the workflow's next version, chained to the last."""
     last = seen[-1] if seen else None
-    epoch = sum(1 for seal in seen if seal.kind == "fence")
+    epoch = sum(1 for seal in seen if seal.kind == "fence") + (row["kind"] == "fence")
     return Seal(**row, version=len(seen), epoch=epoch, previous_digest=last.seal_digest if last else "", seal_digest="").signed()
 
 

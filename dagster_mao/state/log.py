@@ -55,6 +55,9 @@ _COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
     "latency_seconds": pl.Float64,
     "sealed_at": _UTC,
     "library_version": pl.String,
+    "quarantine_path": pl.String,
+    "quarantine_digest": pl.String,
+    "quarantine_bytes": pl.Int64,
     "seal_digest": pl.String,
 }
 SCHEMA = pl.Schema(_COLUMNS)
@@ -147,8 +150,12 @@ class StateLog:
             files = files.filter(~outside.fill_null(False))
         if files.is_empty():
             return pl.LazyFrame(schema=SCHEMA)
-        urls = [f"{self.uri}/{path}" for path in files["path"]]
-        return pl.scan_parquet(urls, glob=False, storage_options=self._objects.storage_options or None)
+        return self._rows([f"{self.uri}/{path}" for path in files["path"]])
+
+    def _rows(self, urls: list[str]) -> pl.LazyFrame:
+        # An earlier release knew fewer columns.
+        options = self._objects.storage_options or None
+        return pl.scan_parquet(urls, glob=False, schema=SCHEMA, missing_columns="insert", storage_options=options)
 
     def append(
         self, workflow_id: str, seen: Sequence[Seal], make: Callable[[Sequence[Seal]], Seal], table: DeltaTable | None = None
@@ -247,8 +254,7 @@ class StateLog:
         names = _crowded_tier(dict(files.select("path", "num_records").iter_rows()))
         if not names:
             return
-        urls = [f"{self.uri}/{name}" for name in names]
-        rows = pl.read_parquet(urls, glob=False, storage_options=self._objects.storage_options or None).sort("workflow_id", "version")
+        rows = self._rows([f"{self.uri}/{name}" for name in names]).sort("workflow_id", "version").collect()
         removes = [RemoveAction(name, False, _now_ms()) for name in names]
         turn = (table.transaction_version(_COMPACTION) or 0) + 1
         table.create_write_transaction(

@@ -19,7 +19,7 @@ from deltalake.transaction import AddAction
 
 from dagster_mao.errors import IncompatibleContractError, MaoError
 from dagster_mao.state.objects import Objects, reaching
-from dagster_mao.state.seal import Seal
+from dagster_mao.state.seal import Seal, SealedFile
 from dagster_mao.state.snapshots import VERSION_COLUMN, WORKFLOW_COLUMN
 from dagster_mao.state.tables import open_table
 
@@ -40,7 +40,7 @@ logger = logging.getLogger("dagster_mao.state")
 
 
 class Projection:
-    """One agent's Delta table."""
+    """One agent's Delta table: of its snapshots, or of its quarantine."""
 
     def __init__(self, objects: Objects, table: str) -> None:
         self._objects, self.path, self.uri = objects, table, objects.url(table)
@@ -82,7 +82,7 @@ class Projection:
         table, self._table = self._table or self.open() or self._create(schema), None
         workflow = seals[-1].workflow_id
         done = table.transaction_version(workflow)
-        missing = [seal for seal in seals if done is None or seal.version > done]
+        missing = [(seal, file) for seal in seals if done is None or seal.version > done for file in seal.files if file.table == self.path]
         if not missing:
             return True
         with reaching(self._objects.root):
@@ -90,12 +90,12 @@ class Projection:
             before = table.version()
             try:
                 table.create_write_transaction(
-                    [self._action(seal) for seal in missing],
+                    [self._action(seal, file) for seal, file in missing],
                     "append",
                     table.schema(),
                     partition_by=list(_PARTITION),
                     commit_properties=CommitProperties(
-                        app_transactions=[Transaction(workflow, missing[-1].version)], max_commit_retries=1000
+                        app_transactions=[Transaction(workflow, missing[-1][0].version)], max_commit_retries=1000
                     ),
                 )
             except (DeltaError, FileNotFoundError):  # lost, or the handle is older than the clean-up: look again
@@ -103,10 +103,10 @@ class Projection:
             self._objects.sync_commits(self.path, before)
         return True
 
-    def _action(self, seal: Seal) -> AddAction:
+    def _action(self, seal: Seal, file: SealedFile) -> AddAction:
         values = {WORKFLOW_COLUMN: seal.workflow_id, VERSION_COLUMN: str(seal.version)}
-        name = seal.path.removeprefix(f"{self.path}/")
-        return AddAction(name, seal.size_bytes, values, int(time.time() * 1000), True, json.dumps({"numRecords": seal.row_count}))
+        name = file.path.removeprefix(f"{self.path}/")
+        return AddAction(name, file.size_bytes, values, int(time.time() * 1000), True, json.dumps({"numRecords": file.rows}))
 
     def _create(self, schema: pl.Schema) -> DeltaTable:
         with reaching(self._objects.root):

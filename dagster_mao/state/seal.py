@@ -5,11 +5,22 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-Kind = Literal["entry", "output", "fence", "compensated"]
+Kind = Literal["entry", "output", "fence", "compensated", "disposition"]
+QUARANTINE_SUFFIX = "_quarantine"  # of the table, and of the asset, beside the agent's own
+
+
+class SealedFile(NamedTuple):
+    """A file that a seal vouches for: its path and Delta table relative to the root ("" where it is in no table), its digest and size."""
+
+    path: str
+    digest: str
+    size_bytes: int
+    rows: int
+    table: str
 
 
 class Parent(BaseModel):
@@ -30,6 +41,8 @@ class Seal(BaseModel):
     itself; it covers `previous_digest`, the seal digest of version n-1 of the workflow, so that rows cannot be changed, reordered or
     dropped from the middle unseen. `base` is the head of the workflow (-1 when empty) when the attempt pinned what it does not produce
     itself, and `plan` the agents the attempt set out to seal: it is complete when it has sealed them all.
+    `quarantined` counts the records that were kept out of the snapshot; they are in the quarantine file, which may show one of them
+    several times, once per boundary side that refused it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,12 +79,24 @@ class Seal(BaseModel):
     latency_seconds: float
     sealed_at: dt.datetime
     library_version: str
+    quarantine_path: str | None = None  # relative to the store's root; None when no record was quarantined
+    quarantine_digest: str | None = None
+    quarantine_bytes: int | None = None
     seal_digest: str
 
     @property
     def reference(self) -> str:
         """`workflow@n`, the form that the command line takes."""
         return f"{self.workflow_id}@{self.version}"
+
+    @property
+    def files(self) -> tuple[SealedFile, ...]:
+        """The snapshot and, where there is one, the quarantine file."""
+        found = [SealedFile(self.path, self.digest, self.size_bytes, self.row_count, self.table)] if self.path else []
+        if self.quarantine_path and self.quarantine_digest:
+            table = f"{self.table}{QUARANTINE_SUFFIX}"
+            found.append(SealedFile(self.quarantine_path, self.quarantine_digest, self.quarantine_bytes or 0, self.quarantined, table))
+        return tuple(found)
 
     def canonical_digest(self) -> str:
         """The seal digest that this row's contents call for."""

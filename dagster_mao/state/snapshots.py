@@ -15,7 +15,7 @@ import polars as pl
 
 from dagster_mao.errors import TamperedError
 from dagster_mao.state.objects import Objects, file_digest, reaching
-from dagster_mao.state.seal import Seal
+from dagster_mao.state.seal import Seal, SealedFile
 
 # pydantic forbids field names with a leading underscore, so these can never hide a contract's field.
 WORKFLOW_COLUMN, VERSION_COLUMN = "_workflow", "_version"
@@ -67,23 +67,23 @@ def snapshot_name(workflow_id: str, version: int, digest: str) -> str:
     return f"{WORKFLOW_COLUMN}={quote(workflow_id, safe='')}/{VERSION_COLUMN}={version}/{digest}.parquet"
 
 
-def read(objects: Objects, seal: Seal) -> pl.LazyFrame:
-    """The rows of a sealed snapshot, after its bytes were compared with the seal's digest.
+def read(objects: Objects, seal: Seal, file: SealedFile) -> pl.LazyFrame:
+    """The rows of a sealed file, after its bytes were compared with the digest in the seal.
 
     Raises `TamperedError` when they differ or the file is gone, `StoreError` when the store cannot be reached.
     """
-    if seal.size_bytes <= _WHOLE_BYTES:
-        data = objects.get(seal.path)
-        _expect(seal, hashlib.sha256(data).hexdigest())
+    if file.size_bytes <= _WHOLE_BYTES:
+        data = objects.get(file.path)
+        _expect(seal, file, hashlib.sha256(data).hexdigest())
         return pl.read_parquet(io.BytesIO(data)).lazy()
-    _expect(seal, objects.sha256(seal.path))
-    return pl.scan_parquet(objects.url(seal.path), glob=False, storage_options=objects.storage_options or None)
+    _expect(seal, file, objects.sha256(file.path))
+    return pl.scan_parquet(objects.url(file.path), glob=False, storage_options=objects.storage_options or None)
 
 
-def _expect(seal: Seal, digest: str) -> None:
-    if digest != seal.digest:
+def _expect(seal: Seal, file: SealedFile, digest: str) -> None:
+    if digest != file.digest:
         raise TamperedError(
-            f"The snapshot of {seal.reference} is not what was sealed: {seal.path}",
+            f"The snapshot of {seal.reference} is not what was sealed: {file.path}",
             agent=seal.agent,
             workflow=seal.workflow_id,
             fix="restore the file from a backup; `dagster-mao verify` lists all damage",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
 
 import polars as pl
@@ -12,10 +14,11 @@ from deltalake import DeltaTable
 
 from dagster_mao.errors import PinError, TamperedError, UnknownVersionError
 from dagster_mao.state import snapshots
-from dagster_mao.state.attempt import Attempt, Pins, effective
+from dagster_mao.state.attempt import Attempt, Pins, effective, next_seal
 from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects, safe_name
-from dagster_mao.state.seal import Kind, Seal
+from dagster_mao.state.quarantine import DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
+from dagster_mao.state.seal import Kind, Seal, SealedFile
 
 _LONGEST_ID = 230  # it names a folder, and file systems end at 255 bytes
 
@@ -73,9 +76,56 @@ class StateStore:
 
     def read(self, seal: Seal) -> pl.LazyFrame:
         """The rows of a state version. Raises `TamperedError` when row or bytes are not what was sealed."""
+        if not seal.path:
+            raise UnknownVersionError(f"{seal.reference} is a {seal.kind} and has no rows", workflow=seal.workflow_id)
+        return self._read(seal, seal.files[0])
+
+    def quarantine(self, seal: Seal) -> pl.DataFrame:
+        """What was kept out of a state version, as `QUARANTINE_SCHEMA` says; unmasked. Raises as `read` does."""
+        if not seal.quarantine_path:
+            return pl.DataFrame(schema=QUARANTINE_SCHEMA)
+        return self._read(seal, seal.files[-1]).collect()
+
+    def _read(self, seal: Seal, file: SealedFile) -> pl.LazyFrame:
         if seal.canonical_digest() != seal.seal_digest:
             raise TamperedError(f"The log row of {seal.reference} was rewritten", agent=seal.agent, workflow=seal.workflow_id)
-        return snapshots.read(self.objects, seal)
+        return snapshots.read(self.objects, seal, file)
+
+    def dispositions(self, workflow_id: str) -> pl.DataFrame:
+        """What people decided on quarantined records of a workflow, oldest first, as `DISPOSITION_SCHEMA` says."""
+        decided = [seal for seal in self.seals(workflow_id) if seal.kind == "disposition"]
+        return pl.concat([pl.DataFrame(schema=DISPOSITION_SCHEMA), *(self.read(seal).collect() for seal in decided)])
+
+    def dispose(self, workflow_id: str, decisions: pl.DataFrame) -> Seal:
+        """Records decisions on quarantined records, rows of `DISPOSITION_SCHEMA`, as a version of the workflow: chained, and never changed.
+
+        Raises `UnknownVersionError` when a decision is about a version that has no such record in quarantine.
+        """
+        seen = self.seals(workflow_id)
+        for version in decisions["version"].unique():
+            held = self.quarantine(self.seal_at(workflow_id, version))["record"]
+            for record in decisions.filter(pl.col("version") == version)["record"]:
+                if record not in held:
+                    raise UnknownVersionError(
+                        f"Version {version} has no record {record!r} in quarantine",
+                        workflow=workflow_id,
+                        fix="`dagster-mao quarantine list` shows what there is",
+                    )
+        about = seen[decisions["version"][0]]
+        decision = uuid.uuid4().hex
+        with snapshots.staged(self.objects, decisions.select(DISPOSITION_SCHEMA.names()).cast(DISPOSITION_SCHEMA)) as batch:
+            path = f"dispositions/{about.pipeline}/{quote(workflow_id, safe='')}/{batch.digest}.parquet"
+            self.objects.adopt(batch.file, path)
+            row = {
+                "parents": [seen[version].as_parent for version in decisions["version"].unique().sort()],
+                "digest": batch.digest,
+                "path": path,
+                "row_count": decisions.height,
+                "size_bytes": batch.size_bytes,
+                "contract": "Disposition",
+                "contract_version": "1",
+            }
+            return self._log.append(workflow_id, seen, lambda now: _of_nobody(now, "disposition", decision, decision, **row))
 
     def open_attempt(
         self,
@@ -148,42 +198,23 @@ class StateStore:
             for seal in seen:
                 if seal.kind == "fence" and seal.attempt == attempt and seal.run_id == run_id:
                     return seal
-            return _without_snapshot(seen, "fence", attempt, run_id)
+            return _of_nobody(seen, "fence", attempt, run_id)
 
         return self._log.append(workflow_id, self.seals(workflow_id), make)
 
 
-def _without_snapshot(seen: Sequence[Seal], kind: Kind, attempt: str, run_id: str) -> Seal:
+_BLANK: dict[str, Any] = {
+    **dict.fromkeys(("agent", "digest", "path", "table", "uri", "agent_version", "config"), ""),
+    **dict.fromkeys(("contract", "contract_version", "contract_hash", "contract_schema"), ""),
+    **dict.fromkeys(("key", "model", "quarantine_path", "quarantine_digest", "quarantine_bytes"), None),
+    **dict.fromkeys(("row_count", "quarantined", "size_bytes", "seed"), 0),
+    **{"parents": (), "plan": (), "latency_seconds": 0.0},
+}
+
+
+def _of_nobody(seen: Sequence[Seal], kind: Kind, attempt: str, run_id: str, **row: Any) -> Seal:
+    """The next version, made by no agent."""
     last, now = seen[-1], dt.datetime.now(dt.timezone.utc)
-    blank = dict.fromkeys(
-        (
-            "agent",
-            "digest",
-            "path",
-            "table",
-            "uri",
-            "contract",
-            "contract_version",
-            "contract_hash",
-            "contract_schema",
-            "agent_version",
-            "config",
-        ),
-        "",
-    )
-    row = {
-        **last.model_dump(mode="json", exclude={"seal_digest"}),
-        **blank,
-        **{"version": last.version + 1, "kind": kind, "attempt": attempt, "run_id": run_id, "epoch": last.epoch + 1},
-        **{
-            "parents": [],
-            "previous_digest": last.seal_digest,
-            "row_count": 0,
-            "quarantined": 0,
-            "size_bytes": 0,
-            "key": None,
-            "model": None,
-        },
-        **{"base": last.version, "plan": [], "latency_seconds": 0.0, "now": now, "sealed_at": now},
-    }
-    return Seal.model_validate({**row, "seal_digest": ""}).signed()
+    own = {"kind": kind, "attempt": attempt, "run_id": run_id, "base": last.version, "now": now, "sealed_at": now}
+    known = {"workflow_id": last.workflow_id, "pipeline": last.pipeline, "library_version": last.library_version}
+    return next_seal(seen, {**_BLANK, **known, **own, **row})

@@ -127,7 +127,7 @@ def verify(store: StateStore, workflow: str | None = None, *, agent: str | None 
         workflows=len({seal.workflow_id for seal in log.seals}),
         versions=len(log.seals),
         files=len(files),
-        size_bytes=sum({seal.path: seal.size_bytes for seal in meant}.values()),
+        size_bytes=sum({file.path: file.size_bytes for seal in meant for file in seal.files}.values()),
         tables=len(tables),
         anchors_compared=known is not None,
         anchored=compared.anchored,
@@ -261,29 +261,28 @@ def _digests(store: StateStore, seals: Sequence[Seal]) -> dict[str, str | None]:
         except TamperedError:
             return None
 
-    paths = sorted({seal.path for seal in seals if seal.path})
+    paths = sorted({file.path for seal in seals for file in seal.files})
     with ThreadPoolExecutor(_READERS) as pool:
         return dict(zip(paths, pool.map(digest, paths), strict=True))
 
 
 def _files(meant: Sequence[Seal], seals: Sequence[Seal], files: Mapping[str, str | None]) -> Iterator[Finding]:
-    owner = {seal.digest: seal for seal in seals if seal.digest}
+    owner = {file.digest: seal for seal in seals for file in seal.files}
     for seal in meant:
-        if not seal.path:
-            continue
-        actual = files[seal.path]
-        if actual is None:
-            yield _about(seal, "file_missing", "the snapshot is gone", seal.path)
-        elif actual != seal.digest:
-            whose = f": it holds the bytes of {owner[actual].reference} ({owner[actual].agent})" if actual in owner else ""
-            yield _about(seal, "file_changed", f"the snapshot's bytes are not those that were sealed{whose}", seal.path)
+        for file in seal.files:
+            actual, what = files[file.path], "snapshot" if file.path == seal.path else "quarantine"
+            if actual is None:
+                yield _about(seal, "file_missing", f"the {what} is gone", file.path)
+            elif actual != file.digest:
+                whose = f": it holds the bytes of {owner[actual].reference} ({owner[actual].agent})" if actual in owner else ""
+                yield _about(seal, "file_changed", f"the {what}'s bytes are not those that were sealed{whose}", file.path)
 
 
 # The agents' tables ---------------------------------------------------------------------------------------------------------------
 
 
 def _tables(store: StateStore, seals: Sequence[Seal], *, whole: bool) -> list[str]:
-    tables = {seal.table for seal in seals if seal.table}
+    tables = {file.table for seal in seals for file in seal.files if file.table}
     if whole:  # also those that no seal speaks of (any more)
         tables |= {path.partition("/_delta_log/")[0] for path in store.objects.list("tables") if "/_delta_log/" in path}
     return sorted(tables)
@@ -291,20 +290,20 @@ def _tables(store: StateStore, seals: Sequence[Seal], *, whole: bool) -> list[st
 
 def _table(store: StateStore, path: str, log: _Log, workflow: str | None) -> tuple[list[Finding], list[Finding]]:
     """Findings and warnings about one agent's Delta table: each file in it against the seals, each seal against its files."""
-    seals = [seal for seal in log.seals if seal.table == path]
+    sealed = [(seal, file) for seal in log.seals for file in seal.files if file.table == path]
     try:
         table = Projection(store.objects, path).open()
         held = _held(path, table, workflow) if table is not None else {}
     except Exception as error:  # a damaged log makes delta-rs raise more than its own errors
         what = error.what if isinstance(error, MaoError) else _first_line(error)
         return [Finding("table_unreadable", workflow, None, f"{path}/_delta_log", f"the agent's Delta table cannot be read: {what}")], []
-    findings = _aliens(store, held, seals) if log.readable else []
-    missing = [seal for seal in seals if seal.path not in held]
-    added = {seal.workflow_id: table.transaction_version(seal.workflow_id) if table is not None else None for seal in missing}
-    removed = [seal for seal in missing if (done := added[seal.workflow_id]) is not None and seal.version <= done]
-    behind = [seal for seal in missing if seal not in removed]
+    findings = _aliens(store, held, log.seals) if log.readable else []
+    missing = [(seal, file) for seal, file in sealed if file.path not in held]
+    added = {seal.workflow_id: table.transaction_version(seal.workflow_id) if table is not None else None for seal, _ in missing}
+    removed = [(seal, file) for seal, file in missing if (done := added[seal.workflow_id]) is not None and seal.version <= done]
+    behind = [seal for seal, file in missing if (seal, file) not in removed]
     findings += [
-        _about(seal, "table_removed", "the agent's Delta table had this snapshot and no longer has it", seal.path) for seal in removed
+        _about(seal, "table_removed", "the agent's Delta table had this snapshot and no longer has it", file.path) for seal, file in removed
     ]
     return findings, [
         _about(seal, "table_behind", "not yet in the agent's Delta table; the agent's next seal in this workflow adds it", path)
@@ -343,7 +342,8 @@ def _aliens(store: StateStore, held: Mapping[str, tuple[str | None, int | None]]
 def _labels(seals: Sequence[Seal]) -> dict[str, set[tuple[str | None, int | None]]]:
     labels: dict[str, set[tuple[str | None, int | None]]] = defaultdict(set)
     for seal in seals:
-        labels[seal.path].add((seal.workflow_id, seal.version))
+        for file in seal.files:
+            labels[file.path].add((seal.workflow_id, seal.version))
     return labels
 
 
