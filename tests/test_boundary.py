@@ -159,11 +159,11 @@ def test_records_that_pydantic_refuses_are_all_counted_with_their_reasons(local_
     records = [{"application_id": str(n), "name": SECRET, "amount": amount} for n, amount in enumerate([1, -1, 2, -2, "x"])]
     reasons = refused(local_store, CREDIT, [*records, {"application_id": "6", "name": [SECRET], "amount": 1}])
     assert {rule: reason["count"] for rule, reason in reasons.items()} == {
-        "amount: greater_than": 2,
+        "amount: gt 0": 2,
         "amount: float_parsing": 1,
         "name: string_type": 1,
     }
-    assert reasons["amount: greater_than"]["samples"][0] == {"application_id": "1", "amount": -1}
+    assert reasons["amount: gt 0"]["samples"][0] == {"application_id": "1", "amount": -1}
 
 
 def test_a_bad_output_is_refused_and_the_versions_before_it_stay(local_store: StateStore) -> None:

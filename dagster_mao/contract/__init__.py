@@ -4,7 +4,7 @@ from dagster_mao.contract._columns import Column, columns
 from dagster_mao.contract._compare import Difference, compare
 from dagster_mao.contract._contract import Contract
 from dagster_mao.contract._markers import DataFrame, Key, LazyFrame, Personal
-from dagster_mao.contract._verdict import RuleFailure, Verdict
+from dagster_mao.contract._verdict import Refused, RuleFailure, Sifted, Verdict
 
 __all__ = [
     "Column",
@@ -14,7 +14,9 @@ __all__ = [
     "Key",
     "LazyFrame",
     "Personal",
+    "Refused",
     "RuleFailure",
+    "Sifted",
     "Verdict",
     "columns",
     "compare",

@@ -15,8 +15,8 @@ import polars as pl
 from pydantic import ValidationError
 
 from dagster_mao.contract._rules import CALENDAR, UNIQUE, Rule
-from dagster_mao.contract._types import dtype_text, spell
-from dagster_mao.contract._verdict import RuleFailure, Verdict, shown
+from dagster_mao.contract._types import Field, Type, dtype_text, spell
+from dagster_mao.contract._verdict import ROW, RULES, RuleFailure, Sifted, Verdict, shown
 
 if TYPE_CHECKING:
     from dagster_mao.contract._contract import Contract
@@ -31,6 +31,7 @@ class Judge:
     field: str | None
     columns: tuple[str, ...]
     validate: Callable[[Any], object]
+    fields: tuple[Field, ...]
 
     def broken(self, batch: pl.DataFrame) -> Iterator[tuple[int, set[tuple[str, str | None]]]]:
         """Each refused row's position in the batch, with the rules it broke and their columns."""
@@ -40,7 +41,7 @@ class Judge:
                 self.validate(value)
             except ValidationError as refused:
                 errors = refused.errors(include_url=False)
-                yield position, {_rule_of(e, self.field) for e in errors}
+                yield position, {rule_of(self.fields, e, self.field) for e in errors}
             except Exception as error:
                 # A validator may raise anything; whatever it is, the record did not pass. Its text may hold values: tell its kind only.
                 yield position, {(f"{self.field or 'record'}: {type(error).__name__}", self.field)}
@@ -48,32 +49,44 @@ class Judge:
 
 def check(contract: Contract[Any], frame: pl.LazyFrame | pl.DataFrame, samples: int, exact: bool) -> Verdict:
     """The verdict of `contract` on `frame`; see `Contract.check`."""
-    lazy = frame.lazy()
-    present = lazy.collect_schema()
-    wrong = schema_failures(contract, present, exact)
-    sound = {name for name, dtype in contract.schema.items() if name in present and fits(present[name], dtype)}
-    lazy = conformed(lazy, present, contract.schema)
-    key = contract.key if contract.key in sound else None
-    rules = [rule for rule in contract.rules if rule.field in sound]
-    rows, broken, keys_doubled = _count(lazy, rules, key)
-    doubled = _doubled(lazy, key) if key is not None and keys_doubled else None
-
-    failures = [RuleFailure(rule, column, rows) for rule, column in wrong]
-    failures += _sampled(contract, lazy, broken, samples)
-    if doubled is not None and doubled.height:
-        failures.append(_unique_failure(contract, doubled, samples))
-    spoiled = [rule.broken for rule in broken]
-    if doubled is not None and doubled.height:
-        spoiled.append(pl.col(doubled.columns[0]).is_in(doubled[doubled.columns[0]].implode()))
-
-    judges = [judge for judge in contract.judges if sound.issuperset(judge.columns)]
-    if judges and rows:
-        judged = _judge(contract, lazy, judges, spoiled, [r for r in broken if r.name.endswith(CALENDAR)], samples)
+    lazy, wrong, found, judges = _first_pass(contract, frame, exact)
+    failures = [RuleFailure(rule, column, found.rows) for rule, column in wrong]
+    failures += _sampled(contract, lazy, found.broken, samples) + found.doubled_failure(contract, samples)
+    if judges and found.rows:
+        judged = _judge(contract, lazy, judges, found, samples)
         failures += judged.failures()
         failed = judged.failed_rows
     else:
-        failed = _total(lazy, spoiled) if spoiled else 0
-    return Verdict(contract.name, rows, rows if wrong else failed, tuple(failures))
+        failed = _total(lazy, found.spoiled) if found.spoiled else 0
+    return Verdict(contract.name, found.rows, found.rows if wrong else failed, tuple(failures))
+
+
+def sift(contract: Contract[Any], frame: pl.LazyFrame | pl.DataFrame, samples: int, exact: bool) -> Sifted:
+    """The records that keep `contract`, and the others with the rules they broke; see `Contract.sift`."""
+    lazy, wrong, found, judges = _first_pass(contract, frame, exact)
+    if wrong:
+        return Sifted(check(contract, frame, samples, exact), pl.LazyFrame(schema=contract.schema), _nothing_broken(contract))
+    lazy = lazy.select(contract.schema.names())
+    judged = _judge(contract, lazy, judges, found, samples) if judges and found.rows else _Judged()
+    if not found.spoiled and not judged.rules:
+        return Sifted(Verdict(contract.name, found.rows, 0), lazy, _nothing_broken(contract))
+    broken = _broken_rows(lazy, found, judged)
+    failures = [*_sampled(contract, broken.lazy(), found.broken, samples), *found.doubled_failure(contract, samples), *judged.failures()]
+    # A row belongs to one side or the other by its position: no rule is evaluated twice, and none can answer differently.
+    numbered = lazy.with_row_index(ROW).filter(~pl.col(ROW).is_in(broken[ROW].implode()))
+    return Sifted(Verdict(contract.name, found.rows, broken.height, tuple(failures)), numbered.drop(ROW), broken)
+
+
+def _first_pass(
+    contract: Contract[Any], frame: pl.LazyFrame | pl.DataFrame, exact: bool
+) -> tuple[pl.LazyFrame, list[tuple[str, str | None]], _Found, list[Judge]]:
+    """The frame with its declared types, what is wrong with its columns, what one pass over its rows found, and who judges the rest."""
+    lazy = frame.lazy()
+    present = lazy.collect_schema()
+    sound = {name for name, dtype in contract.schema.items() if name in present and fits(present[name], dtype)}
+    lazy = conformed(lazy, present, contract.schema)
+    found = _count(lazy, [rule for rule in contract.rules if rule.field in sound], contract.key if contract.key in sound else None)
+    return lazy, schema_failures(contract, present, exact), found, [j for j in contract.judges if sound.issuperset(j.columns)]
 
 
 # --- the columns -----------------------------------------------------------------------------------------------------------------------
@@ -121,36 +134,90 @@ def conformed(lazy: pl.LazyFrame, present: Mapping[str, pl.DataType], schema: Ma
 # --- the pass over all rows --------------------------------------------------------------------------------------------------------------
 
 
-def _count(lazy: pl.LazyFrame, rules: Sequence[Rule], key: str | None) -> tuple[int, list[Rule], bool]:
-    """One aggregation: the number of rows, the rules that break, and whether keys may be doubled.
+@dataclass(frozen=True)
+class _Found:
+    """What the pass found: the rules that break, and the keys that occur more than once (`doubled`, with how often)."""
 
-    Keys are counted by their sorted 64-bit hashes: as many as there are keys proves that they differ. Fewer proves nothing, and `_doubled`
-    looks at the keys themselves. This is the one thing here that grows with the batch, by some 12 bytes a row; a hash set takes 45.
+    rows: int
+    broken: list[Rule]
+    doubled: pl.DataFrame | None
+
+    @property
+    def spoiled(self) -> list[pl.Expr]:
+        """Where a row is broken, by any rule or by its key."""
+        return [rule.broken for rule in self.broken] + ([] if self.doubled is None else [self.is_doubled])
+
+    @property
+    def is_doubled(self) -> pl.Expr:
+        assert self.doubled is not None
+        keys = self.doubled.to_series()
+        return pl.col(keys.name).is_in(keys.implode())
+
+    @property
+    def unreadable(self) -> list[Rule]:
+        return [rule for rule in self.broken if rule.name.endswith(CALENDAR)]
+
+    def doubled_failure(self, contract: Contract[Any], samples: int) -> list[RuleFailure]:
+        if self.doubled is None:
+            return []
+        key = contract.field(self.doubled.columns[0])
+        shown_keys = tuple({key.name: shown(v, key)} for v in self.doubled[key.name].head(samples))
+        return [RuleFailure(_unique(key.name), key.name, int(self.doubled[_ROWS].sum()), shown_keys)]
+
+
+def _count(lazy: pl.LazyFrame, rules: Sequence[Rule], key: str | None) -> _Found:
+    """One aggregation: the number of rows, the rules that break, and the hashes of keys that may be doubled.
+
+    Keys are compared by their sorted 64-bit hashes: where no neighbours are equal, all keys differ. Equal ones prove nothing, and
+    `_doubled` looks at their keys themselves. This is the one thing here that grows with the batch, by some 12 bytes a row; a hash set takes 45.
     """
     columns = [pl.len().alias("rows")] + [rule.broken.any().alias(f"rule {i}") for i, rule in enumerate(rules)]
     if key is not None:
-        columns += [pl.col(key).hash().sort().rle_id().max().alias("last"), pl.col(key).count().alias("keys")]
-    found = lazy.select(columns).collect(engine="streaming").row(0, named=True)
-    broken = [rule for i, rule in enumerate(rules) if found[f"rule {i}"]]
-    if key is None or not found["rows"]:
-        return found["rows"], broken, False
-    null = int(found["keys"] < found["rows"])  # all nulls have one hash between them
-    return found["rows"], broken, found["last"] + 1 < found["keys"] + null
+        hashes = pl.col(key).drop_nulls().hash().sort()
+        columns.append(hashes.filter(hashes == hashes.shift(1)).implode().alias("hashes"))
+    found = lazy.select(columns).collect(engine="streaming")
+    broken = [rule for i, rule in enumerate(rules) if found[f"rule {i}"].item()]
+    doubled = _doubled(lazy, key, found["hashes"].explode()) if key is not None and found["hashes"].list.len().item() else None
+    return _Found(found["rows"].item(), broken, doubled)
 
 
 # --- the passes over a batch that failed -------------------------------------------------------------------------------------------------
 
+_ROWS = "\x00rows"
 
-def _doubled(lazy: pl.LazyFrame, key: str) -> pl.DataFrame:
+
+def _unique(key: str) -> str:
+    return f"{key}: {UNIQUE}"
+
+
+def _doubled(lazy: pl.LazyFrame, key: str, hashes: pl.Series) -> pl.DataFrame | None:
     """The keys that occur more than once, and how often. All rows of such a key are suspect: nothing says which one is right."""
-    counts = lazy.select(pl.col(key).drop_nulls()).group_by(key).agg(pl.len().alias("\x00rows"))
-    return counts.filter(pl.col("\x00rows") > 1).collect(engine="streaming").sort(key)
+    suspect = lazy.select(pl.col(key).drop_nulls()).filter(pl.col(key).hash().is_in(hashes.unique().implode()))
+    counts = suspect.group_by(key).agg(pl.len().alias(_ROWS)).filter(pl.col(_ROWS) > 1)
+    doubled = counts.collect(engine="streaming").sort(key)
+    return doubled if doubled.height else None
 
 
-def _unique_failure(contract: Contract[Any], doubled: pl.DataFrame, samples: int) -> RuleFailure:
-    key = contract.field(doubled.columns[0])
-    shown_keys = tuple({key.name: shown(v, key)} for v in doubled[key.name].head(samples))
-    return RuleFailure(f"{key.name}: {UNIQUE}", key.name, int(doubled["\x00rows"].sum()), shown_keys)
+def _nothing_broken(contract: Contract[Any]) -> pl.DataFrame:
+    return pl.DataFrame(schema={**contract.schema, ROW: pl.get_index_type(), RULES: pl.List(pl.String)})
+
+
+def _broken_rows(lazy: pl.LazyFrame, found: _Found, judged: _Judged) -> pl.DataFrame:
+    """The rows that break a rule, each with its position in the batch and the names of the rules, in order."""
+    positions = pl.Series(ROW, sorted(judged.rules), dtype=pl.get_index_type())
+    spoiled = [*found.spoiled, *([pl.col(ROW).is_in(positions.implode())] if len(positions) else [])]
+    rows = lazy.with_row_index(ROW).filter(pl.any_horizontal(spoiled)).collect(engine="streaming")
+    by_name = {rule.name: rule.broken for rule in found.broken}
+    if found.doubled is not None:
+        by_name[_unique(found.doubled.columns[0])] = found.is_doubled
+    names = [pl.when(broken).then(pl.lit(name)) for name, broken in sorted(by_name.items())]
+    rules = pl.concat_list(names).list.drop_nulls() if names else pl.lit([], dtype=pl.List(pl.String))
+    if not len(positions):
+        return rows.select(pl.exclude(ROW), ROW, rules.alias(RULES))
+    told = pl.DataFrame({ROW: positions, "\x00judged": [sorted(judged.rules[p]) for p in positions]})
+    rows = rows.with_columns(rules.alias(RULES)).join(told, on=ROW, how="left", maintain_order="left")
+    both = pl.concat_list(RULES, pl.col("\x00judged").fill_null([])).list.unique().list.sort()
+    return rows.select(pl.exclude(ROW, RULES, "\x00judged"), ROW, both.alias(RULES))
 
 
 def _sampled(contract: Contract[Any], lazy: pl.LazyFrame, broken: Sequence[Rule], samples: int) -> list[RuleFailure]:
@@ -198,6 +265,7 @@ class _Judged:
     """What the judges have found so far."""
 
     failed_rows: int = 0
+    rules: dict[int, set[str]] = field(default_factory=dict)  # by position
     counts: dict[tuple[str, str | None], int] = field(default_factory=dict)
     samples: dict[tuple[str, str | None], list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -205,30 +273,27 @@ class _Judged:
         return [RuleFailure(rule, column, n, tuple(self.samples[rule, column])) for (rule, column), n in self.counts.items()]
 
 
-def _judge(
-    contract: Contract[Any],
-    lazy: pl.LazyFrame,
-    judges: Sequence[Judge],
-    spoiled: Sequence[pl.Expr],
-    unreadable: Sequence[Rule],
-    samples: int,
-) -> _Judged:
+def _judge(contract: Contract[Any], lazy: pl.LazyFrame, judges: Sequence[Judge], found: _Found, samples: int) -> _Judged:
     judged = _Judged()
     needed = dict.fromkeys(c for judge in judges for c in judge.columns) | dict.fromkeys(
         [contract.key] if contract.key in lazy.collect_schema() else []
     )
-    already = (pl.any_horizontal(spoiled) if spoiled else pl.lit(False)).fill_null(False).alias("\x00broken")
-    skipped = (pl.any_horizontal([r.broken for r in unreadable]) if unreadable else pl.lit(False)).fill_null(False)
-    query = lazy.select(*needed, already, skipped.alias("\x00unreadable"))
-    for batch in query.collect_batches(chunk_size=CHUNK, engine="streaming"):
-        readable = batch.filter(~pl.col("\x00unreadable"))
+    already = (pl.any_horizontal(found.spoiled) if found.spoiled else pl.lit(False)).fill_null(False).alias("\x00broken")
+    unreadable = [rule.broken for rule in found.unreadable]
+    skipped = (pl.any_horizontal(unreadable) if unreadable else pl.lit(False)).fill_null(False).alias("\x00unreadable")
+    start = 0
+    for batch in lazy.select(*needed, already, skipped).collect_batches(chunk_size=CHUNK, engine="streaming"):
+        positions = (~batch["\x00unreadable"]).arg_true()
+        readable = batch[positions] if len(positions) < batch.height else batch
         judged.failed_rows += batch.height - readable.height
         failed = set(readable["\x00broken"].arg_true().to_list())
         for judge in judges:
             for position, rules in judge.broken(readable):
                 failed.add(position)
+                judged.rules.setdefault(start + positions[position], set()).update(rule for rule, _ in rules)
                 _note(contract, judged, readable, position, rules, samples)
         judged.failed_rows += len(failed)
+        start += batch.height
     return judged
 
 
@@ -267,11 +332,12 @@ _SAME_WORDS = {"finite_number": "finite", "value_error": "validator", "assertion
 }
 
 
-def _rule_of(error: Mapping[str, Any], column: str | None) -> tuple[str, str | None]:
-    """The rule that a pydantic error is about, and its column. Never its message, which may hold values."""
-    path = column or ""
-    for step in error["loc"]:
-        path += "[]" if isinstance(step, int) else (f".{step}" if path else str(step))
+def rule_of(fields: Sequence[Field], error: Mapping[str, Any], judged: str | None = None) -> tuple[str, str | None]:
+    """The rule that a pydantic error is about, and its column. Never its message, nor a key of a dict: they may hold values.
+
+    `judged` is the field that was judged by itself; its errors do not name it.
+    """
+    path, column = _path(fields, (judged, *error["loc"]) if judged else error["loc"])
     name = _SAME_RULE.get(error["type"])
     if error["input"] is None and error["type"] not in {"value_error", "assertion_error"}:
         words = "not null"
@@ -279,4 +345,19 @@ def _rule_of(error: Mapping[str, Any], column: str | None) -> tuple[str, str | N
         words = spell(name, error["ctx"][name])
     else:
         words = _SAME_WORDS.get(error["type"], error["type"])
-    return f"{path or 'record'}: {words}", column or (str(error["loc"][0]) if error["loc"] else None)
+    return f"{path or 'record'}: {words}", column
+
+
+def _path(fields: Sequence[Field], loc: Sequence[int | str]) -> tuple[str, str | None]:
+    """Where pydantic was, in the names of fields. What is in `loc` beyond them (keys of a dict, choices of a union) is left out."""
+    path, column = "", None
+    node: Type | None = None
+    for step in loc:
+        members = fields if column is None else node.fields if node else ()
+        member = next((f for f in members if step == f.name), None) or next((f for f in members if step == f.alias), None)
+        if member is not None:
+            path, node = (f"{path}.{member.name}" if path else member.name), member.type
+            column = column or member.name
+        elif isinstance(step, int) and node is not None and node.item is not None:
+            path, node = f"{path}[]", node.item
+    return path, column

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import polars as pl
 from pydantic import BaseModel, ValidationError
-from pydantic_core import SchemaValidator
+from pydantic_core import PydanticUndefined, SchemaValidator, to_jsonable_python
 
-from dagster_mao.contract._check import Judge, check, conformed, schema_failures
+from dagster_mao.contract._check import Judge, check, conformed, rule_of, schema_failures, sift
+from dagster_mao.contract._evolve import upgraded
 from dagster_mao.contract._markers import Key
 from dagster_mao.contract._rules import Rule, rules_of
-from dagster_mao.contract._types import Field, Type, definitions_of, dtype_text, encoded, fields_of, has_model_validators
-from dagster_mao.contract._verdict import MASK, RuleFailure, Verdict, plain
+from dagster_mao.contract._types import Field, Type, definitions_of, dtype_text, encoded, fields_of, has_model_validators, modes_of
+from dagster_mao.contract._verdict import MASK, Refused, RuleFailure, Sifted, Verdict, plain, text_of
 from dagster_mao.errors import ContractDefinitionError, InvalidRecordsError
 
 M = TypeVar("M", bound=BaseModel)
@@ -95,8 +97,15 @@ class Contract(Generic[M]):
     # --- what it says ------------------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """The contract as JSON-able data: name, version, key, fields with types and constraints, and whether validators judge too."""
+        """The contract as JSON-able data: name, version, key, fields with types and constraints, and whether validators judge too.
+
+        Where there are any: `default` of a field (without one it is required), `modes` of validators, `description`s.
+        """
+        core: Any = self.model.__pydantic_core_schema__
+        modes = modes_of(core, definitions_of(core))
         return {
+            **({"description": inspect.cleandoc(self.model.__doc__)} if self.model.__doc__ else {}),
+            **({"modes": list(modes)} if modes else {}),
             "name": self.name,
             "version": self.version,
             "key": self.key,
@@ -130,6 +139,15 @@ class Contract(Generic[M]):
             )
         return conformed(frame, present, self.schema).select(self.schema.names())
 
+    def upgrade(self, frame: pl.LazyFrame, recorded: Mapping[str, Any]) -> pl.LazyFrame:
+        """Rows sealed under the contract that `recorded` describes, as rows of this one: its columns, in its order, exactly typed.
+
+        What the rows lack is filled in with the fields' defaults, what this contract has not is left out, at any depth. No value changes.
+        Raises IncompatibleContractError, naming field and reason, when they cannot be read: a field without a default is missing, a type is
+        another, or no value that the one allows passes the other. Bounds that are only narrower are for `check` to judge, with the rows.
+        """
+        return upgraded(self, frame, recorded)
+
     def to_frame(self, records: Iterable[M | Mapping[str, Any]]) -> pl.DataFrame:
         """Records as columns of the exact schema.
 
@@ -142,6 +160,39 @@ class Contract(Generic[M]):
             position += len(chunk)
         return pl.concat(frames, rechunk=True) if frames else pl.DataFrame(schema=self.schema)
 
+    def sift(self, frame: pl.LazyFrame | pl.DataFrame, *, samples: int = 5, exact: bool = False) -> Sifted:
+        """Part a batch into the records that keep the contract and the others, with the rules that each of them broke.
+
+        The verdict is `check`'s, and so are the arguments. Every row of a doubled key is broken. Where the columns themselves are wrong (a
+        failure whose rule begins with "schema:") no row can be told from another: both sides are empty. A batch that passes costs what
+        `check` costs; the broken rows are held in memory, the valid ones are not.
+        """
+        return sift(self, frame, samples, exact)
+
+    def sift_records(self, records: Iterable[Any]) -> tuple[pl.DataFrame, list[Refused]]:
+        """Records as columns of the exact schema, as `to_frame` makes them, and, apart, those that cannot be rows, with their reasons.
+
+        Of the rows, `sift` is still to judge: models are taken as they are.
+        """
+        frames, refused, position, rest = [pl.DataFrame(schema=self.schema)], list[Refused](), 0, iter(records)
+        while chunk := list(itertools.islice(rest, CHUNK)):
+            try:
+                frames.append(self._chunk(chunk, position))
+            except Exception:
+                # One of them is no row (or its validator crashed): each by itself, then.
+                made = list[M]()
+                for i, record in enumerate(chunk, position):
+                    model, refusals = self._model_of(record)
+                    if model is not None and not refusals:
+                        made.append(model)
+                    else:
+                        rules = tuple(sorted({rule for rule, _ in refusals}))
+                        refused.append(Refused(i, self._key_of(record), rules, text_of(record)))
+                if made:
+                    frames.append(self._chunk(made, position))
+            position += len(chunk)
+        return pl.concat(frames, rechunk=True), refused
+
     def check_records(self, records: Iterable[Any], *, samples: int = 5) -> Verdict:
         """Judge records before they are columns: everything that `to_frame` would refuse, by rule, not only the first.
 
@@ -151,7 +202,7 @@ class Contract(Generic[M]):
         shown: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
         rows = failed = 0
         for record in records:
-            refusals = set(self._refusals(record))
+            _, refusals = self._model_of(record)
             counts.update(refusals)
             for refusal in refusals:
                 if counts[refusal] <= samples:
@@ -160,27 +211,42 @@ class Contract(Generic[M]):
         failures = tuple(RuleFailure(rule, name, count, tuple(shown[rule, name])) for (rule, name), count in counts.items())
         return Verdict(self.name, rows, failed, failures)
 
-    def _refusals(self, record: Any) -> Iterator[tuple[str, str | None]]:
-        """Rule and top-level field of whatever keeps a record from being a row."""
+    def rules_broken(self, error: ValidationError) -> tuple[str, ...]:
+        """The names of the rules that pydantic found broken when somebody made this model, sorted. No value is in them."""
+        return tuple(sorted({rule for rule, _ in self._rules_of(error)}))
+
+    def _rules_of(self, error: ValidationError) -> list[tuple[str, str | None]]:
+        """Rule and top-level field of everything that pydantic refused, each once."""
+        return list(dict.fromkeys(rule_of(self.fields, e) for e in error.errors(include_url=False)))
+
+    def _model_of(self, record: Any) -> tuple[M | None, list[tuple[str, str | None]]]:
+        """The record as a model, and what keeps it from being a row."""
+        model = record
         if isinstance(record, Mapping):
             try:
-                record = self.model.model_validate(dict(record), by_name=True, by_alias=True)
+                model = self.model.model_validate(dict(record), by_name=True, by_alias=True)
             except ValidationError as refused:
-                for error in refused.errors(include_input=False, include_context=False, include_url=False):
-                    where = ".".join(str(step) for step in error["loc"])
-                    yield f"{where}: {error['type']}" if where else str(error["type"]), where.split(".")[0] or None
-                return
-        try:
-            self._chunk([record], 0)
-        except InvalidRecordsError as refused:
-            yield refused.what.removeprefix("record 0 is "), refused.field
+                return None, self._rules_of(refused)
+            except Exception as error:
+                return None, [(f"record: {type(error).__name__}", None)]
+        elif not isinstance(record, self.model):
+            return None, [(f"record: {type(record).__name__}, not {self.name}", None)]
+        return model, [(f"{f.name}: {why}", f.name) for f in self.fields if (why := _unfit(getattr(model, f.name, None), f.type))]
+
+    def _key_of(self, record: Any) -> Any:
+        if self.key is None:
+            return None
+        if isinstance(record, Mapping):
+            names = (self.key, self.model.model_fields[self.key].alias, self.model.model_fields[self.key].validation_alias)
+            return next((record[name] for name in names if isinstance(name, str) and name in record), None)
+        return getattr(record, self.key, None)
 
     def _sample(self, record: Any, name: str | None) -> dict[str, Any]:
         values = record if isinstance(record, Mapping) else vars(record) if isinstance(record, BaseModel) else {}
         wanted = [one for one in dict.fromkeys((self.key, name)) if one in self._by_name and one in values]
         return {one: MASK if _hides(self._by_name[one]) else plain(values[one]) for one in wanted if one}
 
-    def _chunk(self, chunk: list[M | Mapping[str, Any]], start: int) -> pl.DataFrame:
+    def _chunk(self, chunk: Sequence[M | Mapping[str, Any]], start: int) -> pl.DataFrame:
         models = [r if isinstance(r, self.model) else self._validated(r, start + i) for i, r in enumerate(chunk)]
         return pl.DataFrame({f.name: self._column(f, models, start) for f in self.fields}, schema=self.schema)
 
@@ -196,23 +262,16 @@ class Contract(Generic[M]):
 
     def _column(self, field: Field, models: list[M], start: int) -> pl.Series:
         values = [getattr(m, field.name, None) for m in models]
-        if not {type(v) for v in values} <= getattr(field.type.encode, "plain", frozenset()) | {type(None)}:
-            for i, value in enumerate(values):
-                try:
-                    values[i] = encoded(value, field.type)
-                except (TypeError, ValueError, RecursionError) as error:
-                    raise self._unfit(field, start + i, str(error)) from None
         try:
+            if not {type(v) for v in values} <= getattr(field.type.encode, "plain", frozenset()) | {type(None)}:
+                return pl.Series(field.name, [encoded(v, field.type) for v in values], dtype=field.type.dtype, strict=True)
             return pl.Series(field.name, values, dtype=field.type.dtype, strict=True)
         except Exception:
-            # Text that is no UTF-8 (a lone surrogate), say. Its message would show the value.
-            i = next((i for i, v in enumerate(values) if not _holds(v, field.type)), 0)
-            raise self._unfit(field, start + i, f"does not fit the column type {dtype_text(field.type.dtype)}") from None
-
-    def _unfit(self, field: Field, position: int, why: str) -> InvalidRecordsError:
-        return InvalidRecordsError(
-            f"record {position} is no {self.name}: its {field.name} {why}", field=field.name, fix="correct the record, or the model"
-        )
+            # The error of polars (text that is no UTF-8, say) would show the value.
+            unfit = ((i, why) for i, v in enumerate(values) if (why := _unfit(v, field.type)))
+            i, why = next(unfit, (0, f"does not fit the column type {dtype_text(field.type.dtype)}"))
+            what = f"record {start + i} is no {self.name}: its {field.name} {why}"
+            raise InvalidRecordsError(what, field=field.name, fix="correct the record, or the model") from None
 
     def from_frame(self, frame: pl.DataFrame) -> Iterator[M]:
         """The rows as validated models, one by one.
@@ -235,12 +294,17 @@ def _hides(field: Field) -> bool:
     return field.personal or any(_hides(inner) for node in nested for inner in node.fields)
 
 
-def _holds(value: Any, node: Type) -> bool:
+def _unfit(value: Any, node: Type) -> str | None:
+    """Why the value is none of the column's; None where it is."""
     try:
-        pl.Series([value], dtype=node.dtype, strict=True)
+        plain_value = encoded(value, node)
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error)
+    try:
+        pl.Series([plain_value], dtype=node.dtype, strict=True)
     except Exception:
-        return False
-    return True
+        return f"does not fit the column type {dtype_text(node.dtype)}"
+    return None
 
 
 def _refused(position: int, name: str, refused: ValidationError) -> InvalidRecordsError:
@@ -269,7 +333,7 @@ def _judges(model: type[BaseModel], fields: tuple[Field, ...]) -> Iterator[Judge
         core = core["schema"] if core["type"] == "definitions" else definitions[core["schema_ref"]]
     whole = core["type"] != "model" or has_model_validators(core)
     if whole or any(_needs_siblings(f["schema"], definitions) for f in core["schema"]["fields"].values()):
-        yield Judge(None, tuple(f.name for f in fields), _validator(model))
+        yield Judge(None, tuple(f.name for f in fields), _validator(model), fields)
         return
     for field in fields:
         if not field.type.decided:
@@ -277,7 +341,7 @@ def _judges(model: type[BaseModel], fields: tuple[Field, ...]) -> Iterator[Judge
             if definitions:
                 schema = {"type": "definitions", "schema": schema, "definitions": list(definitions.values())}
             validator = SchemaValidator(schema, core.get("config"))
-            yield Judge(field.name, (field.name,), _field_validator(validator))
+            yield Judge(field.name, (field.name,), _field_validator(validator), fields)
 
 
 def _field_validator(validator: SchemaValidator) -> Any:
@@ -302,6 +366,8 @@ def _needs_siblings(schema: Any, definitions: Mapping[str, Any]) -> bool:
 
 def _describe_field(field: Field) -> dict[str, Any]:
     described = {"name": field.name, **_describe(field.type), "personal": field.personal}
+    if field.default is not PydanticUndefined:
+        described["default"] = to_jsonable_python(field.default, inf_nan_mode="strings", bytes_mode="base64", fallback=str)
     return described if field.description is None else {**described, "description": field.description}
 
 
@@ -313,6 +379,8 @@ def _describe(node: Type) -> dict[str, Any]:
         "constraints": {name: _canonical(value, node) for name, value in node.constraints.items()},
         "validators": not node.exact,
     }
+    if node.modes:
+        described["modes"] = list(node.modes)
     if node.fields:
         described["fields"] = [_describe_field(f) for f in node.fields]
     if node.item is not None:
@@ -330,5 +398,6 @@ def _canonical(value: Any, node: Type) -> Any:
 
 def _without_descriptions(described: Any) -> Any:
     if isinstance(described, dict):
-        return {k: _without_descriptions(v) for k, v in described.items() if k != "description"}
+        # A default fills in what is not there; what is there is judged all the same.
+        return {k: _without_descriptions(v) for k, v in described.items() if k not in {"description", "default", "modes"}}
     return [_without_descriptions(v) for v in described] if isinstance(described, list) else described

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, get_args
 
 import polars as pl
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from dagster_mao.contract._markers import Personal
 from dagster_mao.errors import ContractDefinitionError
@@ -30,17 +31,23 @@ DECIMAL_SCALE = 18  # of a Decimal that does not say its decimal_places: twenty 
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a model: its column or struct member."""
+    """One field of a model: its column or struct member. `default` is the column's value, PydanticUndefined where the field is required."""
 
     name: str
     type: Type
     personal: bool = False
     description: str | None = None
+    default: Any = PydanticUndefined
+    alias: str | None = None
 
 
 @dataclass(frozen=True)
 class Type:
-    """What a column holds. `exact`: polars' verdict over `constraints` is pydantic's. `encode` makes the column's value of Python's."""
+    """What a column holds. `exact`: polars' verdict over `constraints` is pydantic's. `encode` makes the column's value of Python's.
+
+    `modes` says where validators stand (pydantic's words: after, before, wrap). What a "before" or "wrap" makes of a value keeps the
+    constraints; the value itself, which is what the column holds, need not.
+    """
 
     name: str
     dtype: pl.DataType
@@ -50,6 +57,7 @@ class Type:
     exact: bool = True
     fields: tuple[Field, ...] = ()
     item: Type | None = None
+    modes: tuple[str, ...] = ()
 
     @property
     def decided(self) -> bool:
@@ -136,7 +144,22 @@ def _nullable(schema: Mapping[str, Any], scope: _Scope) -> Type:
 def _function(schema: Mapping[str, Any], scope: _Scope) -> Type:
     # A validator may refuse, repair or replace what the inner type says, so only pydantic knows. The column's type is the inner one's.
     inner = _compile(schema["schema"], scope)
-    return replace(inner, exact=False)
+    return replace(inner, exact=False, modes=_modes(*inner.modes, schema["type"].removeprefix("function-")))
+
+
+def _modes(*modes: str) -> tuple[str, ...]:
+    return tuple(sorted(set(modes)))
+
+
+def modes_of(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where the validators of a model as a whole stand. An `__init__` of its own is a "wrap", `model_post_init` an "after"."""
+    modes: list[str] = []
+    while schema["type"] != "model-fields":
+        if schema["type"].startswith("function-"):
+            modes.append(schema["type"].removeprefix("function-"))
+        modes += [mode for name, mode in (("custom_init", "wrap"), ("post_init", "after")) if schema.get(name)]
+        schema = definitions[schema["schema_ref"]] if schema["type"] == "definition-ref" else schema["schema"]
+    return _modes(*modes)
 
 
 def _union(schema: Mapping[str, Any], scope: _Scope) -> Type:
@@ -151,11 +174,13 @@ def _union(schema: Mapping[str, Any], scope: _Scope) -> Type:
         constraints={},
         exact=False,
         nullable=any(c.nullable for c in choices),
+        modes=_modes(*(mode for c in choices for mode in c.modes)),
         encode=_encode_first([c.encode for c in choices]),
     )
 
 
 def _model(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    given = schema
     while schema["type"] in {"definitions", "function-before", "function-after", "function-wrap"}:
         schema = schema["schema"]
     if schema["type"] == "definition-ref":
@@ -176,13 +201,40 @@ def _model(schema: Mapping[str, Any], scope: _Scope) -> Type:
     if not fields:
         scope.refuse(f"{model.__name__} has no fields", "give it at least one")
     dtype = pl.Struct({f.name: f.type.dtype for f in fields})
-    return Type("model", dtype, _encode_model(model, fields), fields=fields, exact=not has_model_validators(schema))
+    definitions = {**scope.definitions, **definitions_of(given)}
+    return Type(
+        "model",
+        dtype,
+        _encode_model(model, fields),
+        fields=fields,
+        exact=not has_model_validators(schema),
+        modes=modes_of(given, definitions),
+    )
 
 
 def _field(name: str, schema: Mapping[str, Any], model: type[BaseModel], scope: _Scope) -> Field:
     info = model.model_fields[name]
     personal = Personal in info.metadata or is_personal(info.annotation)
-    return Field(name, _compile(schema, scope), personal, info.description)
+    kind = _compile(schema, scope)
+    alias = info.validation_alias if isinstance(info.validation_alias, str) else info.alias
+    return Field(name, kind, personal, info.description, _default(info, kind), alias)
+
+
+_EMPTY = (list, tuple, set, frozenset, dict)
+
+
+def _default(info: Any, node: Type) -> Any:
+    """The default as the column's value, PydanticUndefined when there is none that is the same each time and fits the column.
+
+    Of the factories only those of empty containers count: what another one made would change from one reading to the next.
+    """
+    if info.default_factory is not None and info.default_factory not in _EMPTY:
+        return PydanticUndefined
+    value = info.default if info.default_factory is None else info.default_factory()
+    try:
+        return value if value is PydanticUndefined else encoded(value, node)
+    except (TypeError, ValueError):
+        return PydanticUndefined
 
 
 def has_model_validators(schema: Mapping[str, Any]) -> bool:
@@ -300,7 +352,7 @@ def _literal(schema: Mapping[str, Any], scope: _Scope) -> Type:
 
 def _enum(schema: Mapping[str, Any], scope: _Scope) -> Type:
     one_of = _one_of(schema["members"], scope)
-    return one_of if schema.get("missing") is None else replace(one_of, exact=False)
+    return one_of if schema.get("missing") is None else replace(one_of, exact=False, modes=("wrap",))
 
 
 def _one_of(members: Iterable[Any], scope: _Scope) -> Type:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import polars as pl
+from pydantic import BaseModel, SecretBytes, SecretStr
+from pydantic_core import to_json
 
 from dagster_mao.contract._types import Field, Type
 
@@ -43,9 +49,38 @@ class Verdict:
         return not self.failures
 
 
-def shown(value: Any, field: Field) -> Any:
+ROW, RULES = "_row", "_rules"  # no field of a model has such a name: pydantic takes no leading underscore
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """What `Contract.sift` parted: the `verdict`, which is `check`'s; the `valid` records, in order; the `broken` ones.
+
+    `broken` has the contract's columns, then `_row`, the position in the batch, ascending, and `_rules`, the names of the rules that the
+    record broke, sorted. Its values are not masked.
+    """
+
+    verdict: Verdict
+    valid: pl.LazyFrame
+    broken: pl.DataFrame
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A record that cannot even be a row: its `position`, its `key` (None where it has none), the `rules` it broke, sorted.
+
+    `values` is what came in, as JSON text, not masked; what JSON does not know is in it as text.
+    """
+
+    position: int
+    key: Any | None
+    rules: tuple[str, ...]
+    values: str = field(repr=False)
+
+
+def shown(value: Any, of: Field) -> Any:
     """A column's value as a report may show it: JSON-able, and masked where the field, or the part of it, is personal."""
-    return MASK if field.personal else _shown(value, field.type)
+    return MASK if of.personal else _shown(value, of.type)
 
 
 def _shown(value: Any, node: Type) -> Any:
@@ -73,3 +108,23 @@ def plain(value: Any) -> Any:
 
 def _cut(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
+
+
+def text_of(record: Any) -> str:
+    """A record as JSON text, whatever it holds: nothing that came in is lost, and nothing is masked."""
+    try:
+        return to_json(_bare(record), fallback=str, inf_nan_mode="strings", bytes_mode="base64").decode()
+    except Exception:
+        # It contains itself, or text that is no UTF-8.
+        return json.dumps(repr(record))
+
+
+def _bare(value: Any) -> Any:
+    """Models as what they hold: their own serializers may leave things out, and secrets would be stars."""
+    if isinstance(value, BaseModel):
+        return {**{name: _bare(v) for name, v in vars(value).items()}, **(value.__pydantic_extra__ or {})}
+    if isinstance(value, (SecretStr, SecretBytes)):
+        return value.get_secret_value()
+    if isinstance(value, Mapping):
+        return {k if isinstance(k, str) else str(k): _bare(v) for k, v in value.items()}
+    return [_bare(v) for v in value] if isinstance(value, (list, tuple, set, frozenset)) else value
