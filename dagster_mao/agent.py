@@ -197,6 +197,7 @@ class Agent:
         """Read the whole declaration now, as a pipeline does when it is built, so that whatever is wrong is said at load."""
         self._check_attributes()
         _ = self.inputs, self.output, self.resources, self.agent_version
+        self._check_quarantine()
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
@@ -447,6 +448,21 @@ class Agent:
             self._wrong(f"`quarantine` is {self.quarantine!r}", "quarantine", "quarantine=mao.Quarantine(max_share=0.1)")
         if not isinstance(self.concurrency, int) or self.concurrency < 1:
             self._wrong(f"`concurrency` is {self.concurrency!r}", "concurrency", "a whole number from 1 on")
+
+    def _check_quarantine(self) -> None:
+        """A record can be set aside only where it can be told from the others, on both sides of the agent."""
+        if self.quarantine is None:
+            return
+        key = self.output.key
+        if key is None:
+            self._wrong(f"it declares a quarantine, and {self.output.name} has no key", "quarantine", "mark a field of it with mao.Key")
+        driver = next((i for i in self.inputs if i.contract.key and i.required), None)
+        if self.inputs and (driver is None or driver.contract.key != key):
+            self._wrong(
+                f"it declares a quarantine, and {key!r} is not the key of what it reads",
+                "quarantine",
+                "let it return the key it reads by, or drop the quarantine: one bad record then fails the batch",
+            )
 
     def _wrong(self, what: str, where: str, fix: str, cause: Exception | None = None) -> NoReturn:
         raise WiringError(f"Agent {self.name!r}: {what}", agent=self.name, field=where, fix=fix) from cause

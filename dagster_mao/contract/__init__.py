@@ -3,10 +3,14 @@
 from dagster_mao.contract._columns import Column, columns
 from dagster_mao.contract._compare import Difference, compare
 from dagster_mao.contract._contract import Contract
+from dagster_mao.contract._evolve import Change, evolution
 from dagster_mao.contract._markers import DataFrame, Key, LazyFrame, Personal
+from dagster_mao.contract._masking import MASK, by_name, hide
 from dagster_mao.contract._verdict import Refused, RuleFailure, Sifted, Verdict
 
 __all__ = [
+    "MASK",
+    "Change",
     "Column",
     "Contract",
     "DataFrame",
@@ -18,6 +22,9 @@ __all__ = [
     "RuleFailure",
     "Sifted",
     "Verdict",
+    "by_name",
     "columns",
     "compare",
+    "evolution",
+    "hide",
 ]

@@ -10,9 +10,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dagster_mao.contract import MASK, by_name, hide
 from dagster_mao.state.seal import Seal
 
-MASK = "***"
+__all__ = ["MASK", "fields_of", "hide", "is_personal", "masked"]
 
 
 def masked(seal: Seal, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,28 +25,11 @@ def masked(seal: Seal, row: Mapping[str, Any]) -> dict[str, Any]:
 def fields_of(seal: Seal) -> dict[str, Mapping[str, Any]]:
     """The contract's fields by name, as the seal describes them; empty when it holds no description."""
     try:
-        return _by_name(json.loads(seal.contract_schema))
+        return by_name(json.loads(seal.contract_schema))
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}
-
-
-def hide(field: Mapping[str, Any] | None, value: Any) -> Any:
-    """The value, masked where its field's description says so or there is no description."""
-    if field is None or field.get("personal"):
-        return MASK
-    if isinstance(value, Mapping):
-        inner = _by_name(field)
-        return {name: hide(inner.get(name), part) for name, part in value.items()} if inner else MASK
-    if isinstance(value, list):
-        items = field.get("items")
-        return [hide(items if isinstance(items, Mapping) else {}, part) for part in value]
-    return value
 
 
 def is_personal(field: Mapping[str, Any] | None) -> bool:
     """Whether nothing of the field may be shown."""
     return field is None or bool(field.get("personal"))
-
-
-def _by_name(described: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {field["name"]: field for field in described.get("fields") or ()}

@@ -1,8 +1,9 @@
 """State: versions, snapshots, seals, digests. Delta and files; knows nothing of Dagster, of agents or of contracts."""
 
 from dagster_mao.state.attempt import Attempt, Provenance
+from dagster_mao.state.quarantine import DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
 from dagster_mao.state.seal import Parent, Seal
 from dagster_mao.state.snapshots import Staged, staged
 from dagster_mao.state.store import StateStore
 
-__all__ = ["Attempt", "Parent", "Provenance", "Seal", "Staged", "StateStore", "staged"]
+__all__ = ["DISPOSITION_SCHEMA", "QUARANTINE_SCHEMA", "Attempt", "Parent", "Provenance", "Seal", "Staged", "StateStore", "staged"]

@@ -9,7 +9,8 @@ _QUARANTINE: dict[str, pl.DataType | type[pl.DataType]] = {
     "side": pl.String,  # "input" or "output": which side of the boundary refused it
     "upstream": pl.String,  # whose records the input contract is about; null on the output side
     "rules": pl.List(pl.String),
-    "values": pl.String,  # JSON of what came in; personal fields are in it, and masked wherever it is shown
+    "values": pl.String,  # JSON of what came in, personal fields among it: for correcting the record, never for showing
+    "masked": pl.String,  # the same as it may be shown
     "digest": pl.String,  # sha256 of `values`: the same refusal met again
     "attempt": pl.String,
 }

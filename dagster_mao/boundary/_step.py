@@ -1,0 +1,366 @@
+"""One agent's way from its pins to its seal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import chain
+from typing import Any
+
+import polars as pl
+from pydantic import BaseModel
+
+from dagster_mao.agent import Agent, Input
+from dagster_mao.boundary._aside import INPUT_SIDE, OUTPUT_SIDE, Aside
+from dagster_mao.boundary._call import CHUNK_RECORDS, failed
+from dagster_mao.boundary._checks import OUTPUT, PINNED_BASE, Check, Severity, input_check, judged, refusal, with_failures
+from dagster_mao.contract import Contract, RuleFailure, Verdict, compare
+from dagster_mao.errors import (
+    AgentFailedError,
+    FencedError,
+    IncompatibleContractError,
+    InvalidRecordsError,
+    MaoError,
+    PinError,
+    StaleStateError,
+    TamperedError,
+)
+from dagster_mao.state import Attempt, Provenance, Seal, Staged, StateStore, staged
+
+_SAMPLES = 5
+_LIBRARY_VERSION = version("dagster-mao")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step. `reused`: the same output had been sealed by this attempt before, so no version was added."""
+
+    seal: Seal
+    checks: tuple[Check, ...]
+    reused: bool
+
+
+class Step:
+    """One agent's way from its pins to its seal, the checks met on it, and the records set aside (`aside` is None without a quarantine)."""
+
+    def __init__(self, store: StateStore, agent: Agent, attempt: Attempt) -> None:
+        self._store, self._agent, self._output, self._attempt = store, agent, agent.output, attempt
+        self._checks: dict[str, Check] = {}
+        self.aside = Aside(attempt.id) if agent.quarantine else None
+        self._came_in = 0  # records to account for; counted only where some may be set aside
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Whatever goes wrong inside is raised with the agent, the workflow and the checks reached until then."""
+        try:
+            yield
+        except MaoError as error:
+            if isinstance(error, (PinError, StaleStateError, FencedError, TamperedError)):
+                self._checks[PINNED_BASE] = Check(PINNED_BASE, False, str(error), self._pins_metadata([]))
+            error.agent, error.workflow = error.agent or self._agent.name, error.workflow or self._attempt.workflow_id
+            error.checks = tuple(self._checks.values())
+            raise
+
+    # -- what it may read ------------------------------------------------------------------------------------------------------------
+
+    def pin(self) -> list[Seal]:
+        """The versions that it may read, one per input."""
+        pinned = [self._attempt.pin(i.upstream) for i in self._agent.inputs]
+        self._attempt.require_one_entry(self._agent.name, pinned)
+        told = ", ".join(f"{seal.agent}@{seal.version}" for seal in pinned) or "nothing: it is the entry"
+        self._checks[PINNED_BASE] = Check(PINNED_BASE, True, f"Reads {told}", self._pins_metadata(pinned))
+        return pinned
+
+    def _pins_metadata(self, pinned: Sequence[Seal]) -> dict[str, Any]:
+        attempt = self._attempt
+        return {
+            "workflow": attempt.workflow_id,
+            "attempt": attempt.id,
+            "base": attempt.base,
+            "parents": [seal.as_parent.model_dump() for seal in pinned],
+        }
+
+    def read(self, pinned: Sequence[Seal]) -> dict[str, pl.LazyFrame]:
+        """By upstream, the pinned rows that keep the consumer's contract, all with the same keys."""
+        inputs = self._agent.inputs
+        frames = {i.upstream: self._held(i, seal) for i, seal in zip(inputs, pinned, strict=True)}
+        self._refuse_if_failed()
+        frames = self._without_aside(frames)
+        self._align(frames)
+        self._refuse_if_failed()
+        frames = self._without_aside(frames)
+        self._came_in = _records_read(self._agent, frames, self.aside)
+        self._limit_share()
+        return frames
+
+    def _held(self, wanted: Input, seal: Seal) -> pl.LazyFrame:
+        """One upstream's rows, held to the consumer's contract."""
+        self._require_compatible(wanted, seal)
+        contract, rows = wanted.contract, wanted.contract.select(self._store.read(seal))
+        # The producer's check of the very same contract on the very same bytes is in the seal.
+        proven = seal.contract_hash == contract.hash
+        if proven:
+            verdict = Verdict(contract.name, seal.row_count, 0, ())
+        elif self.aside is None:
+            verdict = contract.check(rows)
+        else:
+            sifted = contract.sift(rows)
+            verdict, rows = sifted.verdict, sifted.valid
+            self.aside.add_rows(INPUT_SIDE, wanted.upstream, contract, sifted.broken)
+        failures = [*verdict.failures, *_one_record(contract, verdict.rows)]
+        self._judge(input_check(wanted.upstream), contract, verdict, failures, reads=seal.reference, proven=proven)
+        return rows
+
+    def _require_compatible(self, wanted: Input, seal: Seal) -> None:
+        found = [d for d in compare(json.loads(seal.contract_schema), wanted.contract.describe()) if d.kind == "contradiction"]
+        if not found:
+            return
+        what = f"{seal.reference} was sealed under {seal.contract}, which {wanted.contract.name} contradicts: {found[0].detail}"
+        check = input_check(wanted.upstream)
+        self._checks[check] = Check(check, False, what, {"contract": wanted.contract.name, "reads": seal.reference})
+        raise IncompatibleContractError(
+            what, field=found[0].field, fix=f"materialise {seal.agent} again under the new contract, or mend {wanted.contract.name}"
+        )
+
+    def _align(self, frames: Mapping[str, pl.LazyFrame]) -> None:
+        """Every keyed upstream must have the same records; one that may lack some (`| None`) must still know no others."""
+        keyed = [i for i in self._agent.inputs if i.contract.key]
+        if len(keyed) < 2:
+            return
+        keys = {i.upstream: _keys(frames[i.upstream], i.contract) for i in keyed}
+        for wanted in keyed:
+            if not wanted.required:
+                continue
+            for other in keyed:
+                absent = _absent(keys[other.upstream], keys[wanted.upstream])
+                if len(absent):
+                    rule = f"record in {other.upstream}, missing here"
+                    self._add_failures(input_check(wanted.upstream), wanted.contract, [_key_failure(rule, wanted.contract, absent)])
+                    if self.aside is not None:
+                        self.aside.add_keys(INPUT_SIDE, wanted.upstream, wanted.contract, absent, rule)
+
+    def _without_aside(self, frames: Mapping[str, pl.LazyFrame]) -> dict[str, pl.LazyFrame]:
+        """A record that was set aside on one side is not read on any."""
+        if self.aside is None or not self.aside.keys:
+            return dict(frames)
+        keys = pl.Series(sorted(self.aside.keys)).implode()
+        named = {i.upstream: i.contract.key for i in self._agent.inputs}
+        return {
+            upstream: frame.filter(~pl.col(key).cast(pl.String).is_in(keys)) if (key := named[upstream]) else frame
+            for upstream, frame in frames.items()
+        }
+
+    # -- what it made ----------------------------------------------------------------------------------------------------------------
+
+    def as_frame(self, result: Any) -> pl.LazyFrame:
+        """What an agent returned, as a frame of the output contract's columns. Its values are judged later, its columns and dtypes here."""
+        if isinstance(result, (pl.LazyFrame, pl.DataFrame)):
+            frame = result.lazy()
+        elif isinstance(result, BaseModel):
+            frame = self._to_frame([result])
+        elif isinstance(result, Iterable) and not isinstance(result, (str, bytes, Mapping)):
+            frame = self._to_frame(result)
+        else:
+            what = f"It returned {type(result).__name__}, neither records nor a polars frame"
+            raise AgentFailedError(what, agent=self._agent.name, fix=f"return {self._output.name} records or a frame of them")
+        try:
+            schema = frame.collect_schema()
+        except pl.exceptions.PolarsError as error:
+            raise failed(self._agent.name, error) from error
+        failures = self._output.check(pl.DataFrame(schema=schema), exact=True).failures
+        if failures:
+            self._judge(OUTPUT, self._output, Verdict(self._output.name, 0, 0, failures), failures)
+            self._refuse_if_failed()
+        nulls = [pl.col(name).cast(self._output.schema[name]) for name, dtype in schema.items() if dtype == pl.Null]
+        return frame.with_columns(nulls).select(list(self._output.schema))
+
+    def _to_frame(self, records: Iterable[Any]) -> pl.LazyFrame:
+        frames, chunks = [self._output.to_frame([])], _chunks(records)
+        for chunk in chunks:
+            if self.aside is not None:
+                rows, refused = self._output.sift_records(chunk)
+                self.aside.add_refused(OUTPUT_SIDE, self._output, refused)
+                frames.append(rows)
+                continue
+            try:
+                frames.append(self._output.to_frame(chunk))
+            except InvalidRecordsError:
+                verdict = self._output.check_records(chain(chunk, chain.from_iterable(chunks)))
+                self._judge(OUTPUT, self._output, verdict, verdict.failures)
+                self._refuse_if_failed()
+        return pl.concat(frames).lazy()
+
+    def seal(
+        self, frame: pl.LazyFrame, pinned: Sequence[Seal], read: Mapping[str, pl.LazyFrame], *, started: float, **provenance: Any
+    ) -> Outcome:
+        """Holds the batch to the output contract and makes it a version, with what was set aside beside it."""
+        contract = self._output
+        with ExitStack() as files:
+            batch = files.enter_context(_sunk(self._store, self._agent.name, frame))
+            rows, kept = self._judge_output(batch.scan(), read)
+            self._refuse_if_failed()
+            if not self._agent.inputs:
+                self._came_in = rows + self._quarantined()
+            self._limit_share()
+            if kept is not None:
+                batch = files.enter_context(_sunk(self._store, self._agent.name, kept))
+            sealed, reused = self._attempt.seal(
+                self._agent.name,
+                batch,
+                row_count=rows,
+                schema=contract.schema,
+                parents=[seal.as_parent for seal in pinned],
+                quarantine=self._staged_aside(files),
+                quarantined=self._quarantined(),
+                provenance=Provenance(
+                    contract=contract.name,
+                    contract_version=contract.version,
+                    contract_hash=contract.hash,
+                    contract_schema=json.dumps(contract.describe(), sort_keys=True),
+                    key=contract.key,
+                    latency_seconds=round(time.perf_counter() - started, 6),
+                    library_version=_LIBRARY_VERSION,
+                    **provenance,
+                ),
+            )
+        return Outcome(sealed, tuple(self._checks.values()), reused)
+
+    def _judge_output(self, batch: pl.LazyFrame, read: Mapping[str, pl.LazyFrame]) -> tuple[int, pl.LazyFrame | None]:
+        """How many rows keep the contract; and these rows, where they are not all."""
+        contract, kept = self._output, None
+        refused = [] if self.aside is None else self.aside.failures(contract, OUTPUT_SIDE, _SAMPLES)
+        if self.aside is None:
+            verdict = contract.check(batch, exact=True)
+        else:
+            sifted = contract.sift(batch, exact=True)
+            verdict, kept = sifted.verdict, sifted.valid if sifted.broken.height else None
+            self.aside.add_rows(OUTPUT_SIDE, None, contract, sifted.broken)
+        self._judge(OUTPUT, contract, verdict, [*refused, *verdict.failures, *_one_record(contract, verdict.rows)])
+        driver = _driver(self._agent, read)
+        if driver and driver[0] == contract.key and (self._checks[OUTPUT].passed or self.aside is not None):
+            self._require_conserved(driver[1], _keys(batch, contract))
+        return verdict.rows - (verdict.failed_rows if kept is not None else 0), kept
+
+    def _require_conserved(self, given: pl.LazyFrame, made: pl.LazyFrame) -> None:
+        """Exactly one record for every record that was read."""
+        contract, alien = self._output, _absent(made, given)
+        if len(alien):
+            self._add_failures(OUTPUT, contract, [_key_failure("record returned, but never read", contract, alien)], "error")
+        lost, rule = _absent(given, made), "record read, but not returned"
+        if self.aside is not None:
+            lost = lost.filter(~lost.cast(pl.String).is_in(pl.Series(sorted(self.aside.keys), dtype=pl.String).implode()))
+            self.aside.add_keys(OUTPUT_SIDE, None, contract, lost, rule)
+        if len(lost):
+            self._add_failures(OUTPUT, contract, [_key_failure(rule, contract, lost)])
+
+    # -- what it set aside -----------------------------------------------------------------------------------------------------------
+
+    def _quarantined(self) -> int:
+        """Records, not refusals: of an entry each refused row is one, elsewhere a record is what was read under one key."""
+        if self.aside is None:
+            return 0
+        return len(self.aside.keys) if self._agent.inputs else len(self.aside)
+
+    def _staged_aside(self, files: ExitStack) -> Staged | None:
+        return files.enter_context(staged(self._store.objects, self.aside.frame())) if self.aside else None
+
+    def _limit_share(self) -> None:
+        """Fails the batch after all when more is set aside than was declared."""
+        if self._agent.quarantine is None or self._quarantined() <= self._agent.quarantine.max_share * self._came_in:
+            return
+        share = f"{self._quarantined()} of {self._came_in} records; at most {self._agent.quarantine.max_share:.1%} may be quarantined"
+        for name, check in self._checks.items():
+            if not check.passed:
+                self._checks[name] = replace(check, severity="error", description=f"{check.description}; {share}")
+        self._refuse_if_failed()
+
+    # -- verdicts --------------------------------------------------------------------------------------------------------------------
+
+    def _judge(self, name: str, contract: Contract[Any], verdict: Verdict, failures: Sequence[RuleFailure], **facts: Any) -> None:
+        # What is wrong with the batch as a whole cannot be set aside record by record.
+        whole = any(failure.rule.startswith("schema:") or (failure.field is None and not contract.key) for failure in failures)
+        self._checks[name] = judged(name, contract, verdict, failures, "error" if whole else self._severity, **facts)
+
+    @property
+    def _severity(self) -> Severity:
+        return "error" if self.aside is None else "warn"
+
+    def _add_failures(self, name: str, contract: Contract[Any], failures: Sequence[RuleFailure], severity: Severity | None = None) -> None:
+        self._checks[name] = with_failures(self._checks[name], contract, failures, severity or self._severity)
+
+    def _refuse_if_failed(self) -> None:
+        for check in self._checks.values():
+            if not check.passed and check.severity == "error":
+                raise refusal(check, agent=self._agent.name, workflow=self._attempt.workflow_id)
+
+
+def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for record in records:
+        chunk.append(record)
+        if len(chunk) == CHUNK_RECORDS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def _sunk(store: StateStore, agent: str, frame: pl.LazyFrame) -> Iterator[Any]:
+    # Only what evaluating the agent's own expressions raises is the agent's failure; the disk's comes as a StoreError.
+    context = staged(store.objects, frame)
+    try:
+        batch = context.__enter__()
+    except MaoError:
+        raise
+    except Exception as error:
+        raise failed(agent, error) from error
+    try:
+        yield batch
+    finally:
+        context.__exit__(None, None, None)
+
+
+def _keys(frame: pl.LazyFrame, contract: Contract[Any]) -> pl.LazyFrame:
+    """The keys of a batch, as the column `key`; lazy, because a batch may be larger than memory."""
+    return frame.select(pl.col(str(contract.key)).alias("key"))
+
+
+def _driver(agent: Agent, frames: Mapping[str, pl.LazyFrame]) -> tuple[str, pl.LazyFrame] | None:
+    """Name of the key, and the keys, of the upstream whose records the agent must account for."""
+    for wanted in agent.inputs:
+        if wanted.contract.key and wanted.required:
+            return wanted.contract.key, _keys(frames[wanted.upstream], wanted.contract)
+    return None
+
+
+def _absent(keys: pl.LazyFrame, among: pl.LazyFrame) -> pl.Series:
+    """The keys that are not among the others. Equal columns, the usual case, are compared streaming, and nothing is held."""
+    counts = [side.select(pl.len()).collect(engine="streaming").item() for side in (keys, among)]
+    side_by_side = pl.concat([keys.select(one="key"), among.select(other="key")], how="horizontal")
+    if counts[0] == counts[1] and side_by_side.select(pl.col("one").eq_missing(pl.col("other")).all()).collect(engine="streaming").item():
+        return pl.Series("key", [])
+    return keys.join(among, on="key", how="anti").collect(engine="streaming").to_series()
+
+
+def _key_failure(rule: str, contract: Contract[Any], keys: pl.Series) -> RuleFailure:
+    key = str(contract.key)
+    shown = ["***"] * min(len(keys), _SAMPLES) if key in contract.personal else keys.head(_SAMPLES).to_list()
+    return RuleFailure(rule, key, len(keys), tuple({key: value} for value in shown))
+
+
+def _one_record(contract: Contract[Any], rows: int) -> list[RuleFailure]:
+    if contract.key or rows == 1:
+        return []
+    return [RuleFailure("exactly one record, as the contract has no key", None, rows, ())]
+
+
+def _records_read(agent: Agent, frames: Mapping[str, pl.LazyFrame], aside: Aside | None) -> int:
+    driver = _driver(agent, frames)
+    if aside is None or driver is None:
+        return 0
+    return int(driver[1].select(pl.len()).collect(engine="streaming").item()) + len(aside.keys)
