@@ -24,6 +24,7 @@ from dagster_mao.errors import (
     UnknownVersionError,
     WiringError,
 )
+from dagster_mao.expectations import Expectations
 from dagster_mao.pipeline import ExternalEntry, Pipeline
 from dagster_mao.run import Result, run
 from dagster_mao.state import Seal, StateStore
@@ -40,6 +41,7 @@ __all__ = [
     "BatchRefusedError",
     "ContractDefinitionError",
     "DataFrame",
+    "Expectations",
     "ExternalEntry",
     "FencedError",
     "IncompatibleContractError",

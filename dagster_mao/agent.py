@@ -34,6 +34,7 @@ from pydantic import BaseModel
 
 from dagster_mao.contract import Contract, DataFrame, LazyFrame
 from dagster_mao.errors import AgentCallError, MaoError, WiringError
+from dagster_mao.expectations import Suite, suite_file
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -141,7 +142,8 @@ class Agent:
     and of `code_files`), `description` (default: the docstring), `owners`, `tags`, `kinds`, `pool`, `model` as on a Dagster asset, `ins`
     (parameter -> upstream name, where they differ), `concurrency` (async record-wise calls in flight), `code_files` (files and
     directories beside the module that the agent's behaviour depends on), `quarantine` (a `Quarantine`: bad records are set aside; without
-    one, one bad record fails the batch) and `expectations` (about the batch as a whole).
+    one, one bad record fails the batch) and `expectations` (about the batch as a whole: a list of Great Expectations'
+    expectations or dicts, an `ExpectationSuite`, the path of a suite file, which counts as a code file, or `Expectations` of these).
 
     `inputs`, `output` and the like are read from the signature when first asked for and raise WiringError naming agent, field and fix.
     """
@@ -196,7 +198,7 @@ class Agent:
     def resolve(self) -> None:
         """Read the whole declaration now, as a pipeline does when it is built, so that whatever is wrong is said at load."""
         self._check_attributes()
-        _ = self.inputs, self.output, self.resources, self.agent_version
+        _ = self.inputs, self.output, self.resources, self.suite, self.agent_version
         self._check_quarantine()
 
     @cached_property
@@ -219,6 +221,11 @@ class Agent:
     def output_shape(self) -> Shape:
         """RECORD for models (an entry returns several), else the kind of frame."""
         return self._returned.shape
+
+    @cached_property
+    def suite(self) -> Suite:
+        """What it expects of its batch as a whole; false when it declares no `expectations`."""
+        return Suite.of(self.expectations, self.output, agent=self.name, home=self._home) if self.expectations else Suite.empty(self.name)
 
     @property
     def is_entry(self) -> bool:
@@ -482,9 +489,13 @@ class Agent:
     def _sources(self) -> list[bytes]:
         return list({source: None for function in self._functions() for source in [_source(function)]})
 
+    @property
+    def _home(self) -> Path:
+        return Path(inspect.unwrap(self._raw).__code__.co_filename).parent
+
     def _files(self) -> Iterator[bytes]:
-        home = Path(inspect.unwrap(self._raw).__code__.co_filename).parent
-        for declared in self.code_files:
+        home, suite = self._home, suite_file(self.expectations)
+        for declared in (*self.code_files, *([suite] if suite else [])):
             path = home / declared
             if not path.exists():
                 self._wrong(

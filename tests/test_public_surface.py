@@ -12,6 +12,7 @@ EAGER = {
     "Agent",
     "AgentContext",
     "DataFrame",
+    "Expectations",
     "ExternalEntry",
     "Key",
     "LazyFrame",

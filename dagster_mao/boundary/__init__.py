@@ -13,10 +13,11 @@ from typing import Any
 from dagster_mao.agent import Agent, AgentContext
 from dagster_mao.boundary._call import Call
 from dagster_mao.boundary._checks import OUTPUT, PINNED_BASE, Check, check_names, input_check
+from dagster_mao.boundary._expect import REPORT
 from dagster_mao.boundary._step import Outcome, Step
 from dagster_mao.state import Attempt, StateStore
 
-__all__ = ["OUTPUT", "PINNED_BASE", "Check", "Outcome", "check_names", "input_check", "run_agent"]
+__all__ = ["OUTPUT", "PINNED_BASE", "REPORT", "Check", "Outcome", "check_names", "input_check", "run_agent"]
 
 
 def run_agent(
@@ -43,6 +44,7 @@ def run_agent(
     with step.reporting():
         pinned = step.pin()
         frames = step.read(pinned)
+        agent.suite.prepare()  # what is wrong with it should be known before the agent is paid for
         context = AgentContext(
             workflow_id=attempt.workflow_id,
             agent=agent.name,

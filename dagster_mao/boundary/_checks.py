@@ -36,7 +36,7 @@ def input_check(upstream: str) -> str:
 
 def check_names(agent: Agent) -> list[str]:
     """The checks that every step of this agent evaluates, in order."""
-    return [PINNED_BASE, *(input_check(i.upstream) for i in agent.inputs), OUTPUT]
+    return [PINNED_BASE, *(input_check(i.upstream) for i in agent.inputs), OUTPUT, *(e.name for e in agent.suite.expectations)]
 
 
 def judged(

@@ -18,6 +18,7 @@ from dagster_mao.agent import Agent, Input
 from dagster_mao.boundary._aside import INPUT_SIDE, OUTPUT_SIDE, Aside
 from dagster_mao.boundary._call import CHUNK_RECORDS, failed
 from dagster_mao.boundary._checks import OUTPUT, PINNED_BASE, Check, Severity, input_check, judged, refusal, with_failures
+from dagster_mao.boundary._expect import expected
 from dagster_mao.contract import Contract, RuleFailure, Verdict, compare
 from dagster_mao.errors import (
     AgentFailedError,
@@ -208,6 +209,7 @@ class Step:
             self._limit_share()
             if kept is not None:
                 batch = files.enter_context(_sunk(self._store, self._agent.name, kept))
+            self._expect(batch, rows)
             sealed, reused = self._attempt.seal(
                 self._agent.name,
                 batch,
@@ -244,6 +246,11 @@ class Step:
         if driver and driver[0] == contract.key and (self._checks[OUTPUT].passed or self.aside is not None):
             self._require_conserved(driver[1], _keys(batch, contract))
         return verdict.rows - (verdict.failed_rows if kept is not None else 0), kept
+
+    def _expect(self, batch: Staged, rows: int) -> None:
+        """Holds what would be sealed to what the agent expects of it as a whole."""
+        self._checks |= {check.name: check for check in expected(self._store, self._agent, self._attempt, batch, rows)}
+        self._refuse_if_failed()
 
     def _require_conserved(self, given: pl.LazyFrame, made: pl.LazyFrame) -> None:
         """Exactly one record for every record that was read."""

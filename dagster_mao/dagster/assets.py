@@ -83,9 +83,14 @@ def op_name(pipeline: str, agent: str) -> str:
 
 
 def boundary_check_specs(pipeline: Pipeline, agent: str) -> list[dg.AssetCheckSpec]:
-    """The checks that an agent evaluates before anything is written; each blocks what is downstream."""
-    names = check_names(pipeline.node(agent))
-    return [check_spec(name, pipeline, agent, description=_described(name), blocking=True) for name in names]
+    """The checks that an agent evaluates before anything is written; each but an expectation that only warns blocks what is downstream."""
+    one = pipeline.node(agent)
+    expected = {expectation.name: expectation for expectation in one.suite.expectations}
+    names = [name for name in check_names(one) if name not in expected]
+    return [
+        *(check_spec(name, pipeline, agent, description=_described(name), blocking=True) for name in names),
+        *(check_spec(name, pipeline, agent, description=e.description, blocking=e.severity == "error") for name, e in expected.items()),
+    ]
 
 
 def check_spec(

@@ -6,30 +6,31 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_mao.agent import Agent
-from dagster_mao.boundary import Check
-from dagster_mao.contract import Contract, columns
+from dagster_mao.agent import Agent, Input
+from dagster_mao.boundary import REPORT, Check
+from dagster_mao.contract import Contract, columns, compare
 from dagster_mao.dagster.anchors import SEAL_DIGEST, STATE_VERSION
 from dagster_mao.pipeline import Pipeline
+from dagster_mao.review.contract import Consumer, asked, page
 from dagster_mao.state import Parent, Seal
 
 PERSONAL_TAG = "personal"
 
 
 def column_schema(contract: Contract[Any]) -> dg.TableSchema:
-    """The contract as the UI's column schema: types, descriptions, constraints; personal fields are tagged."""
+    """The contract as the UI's column schema: types, descriptions, constraints; personal fields, whole or in part, are tagged."""
     return dg.TableSchema(
         columns=[
             dg.TableColumn(
                 name=column.name,
                 type=column.type,
-                description=column.description,
+                description="\n".join([*([column.description] if column.description else []), *column.parts]) or None,
                 constraints=dg.TableColumnConstraints(
                     nullable=column.nullable,
                     unique=column.name == contract.key,
                     other=[told for told in column.constraints if told != "unique"],
                 ),
-                tags={PERSONAL_TAG: ""} if column.personal else {},
+                tags={PERSONAL_TAG: ""} if column.personal else {PERSONAL_TAG: "in_part"} if column.personal_part else {},
             )
             for column in columns(contract)
         ]
@@ -62,7 +63,31 @@ def of_agent(pipeline: Pipeline, agent: Agent) -> dict[str, Any]:
         "dagster/table_name": f"{pipeline.name}.{agent.name}",
         "mao/contract": _contract(contract.name, contract.version),
         "mao/contract_hash": contract.hash,
+        "mao/contract_page": dg.MetadataValue.md(page(contract.describe(), consumers(pipeline, agent))),
+        **{f"mao/input_{i.upstream}": dg.MetadataValue.md(_reading(pipeline, i)) for i in agent.inputs},
     }
+
+
+def consumers(pipeline: Pipeline, agent: Agent) -> list[Consumer]:
+    """Who reads the agent's output, as what, and what they ask beyond."""
+    promised = agent.output.describe()
+    return [
+        Consumer(
+            name,
+            _contract(i.contract.name, i.contract.version),
+            tuple(i.contract.schema),
+            tuple(compare(promised, i.contract.describe())),
+        )
+        for name in pipeline.downstreams(agent.name)
+        for i in pipeline.node(name).inputs
+        if i.upstream == agent.name
+    ]
+
+
+def _reading(pipeline: Pipeline, read: Input) -> str:
+    producer = pipeline.output_of(read.upstream)
+    names = [f"{contract.name} v{contract.version}" for contract in (producer, read.contract)]
+    return f"{names[0]}, read as {names[1]}\n\n{asked(compare(producer.describe(), read.contract.describe()))}"
 
 
 def of_seal(seal: Seal, pipeline: Pipeline, *, reused: bool) -> dict[str, Any]:
@@ -111,11 +136,13 @@ def parents_table(parents: Iterable[Parent]) -> dg.TableMetadataValue:
 
 def of_check(check: Check) -> dict[str, Any]:
     """A check's metadata; its reasons and parents as tables that can be read in the UI."""
-    told = {name: _plain(value) for name, value in check.metadata.items() if name not in ("reasons", "parents")}
+    told = {name: _plain(value) for name, value in check.metadata.items() if name not in ("reasons", "parents", REPORT)}
+    page = check.metadata.get(REPORT)
     reasons, parents = (check.metadata.get(name) for name in ("reasons", "parents"))
     return {
         **({"reasons": reasons_table(reasons)} if reasons else {}),
         **({"parents": parents_table(map(Parent.model_validate, parents))} if parents else {}),
+        **({REPORT: dg.MetadataValue.url(page) if "://" in page else dg.MetadataValue.path(page)} if page else {}),
         **told,
     }
 

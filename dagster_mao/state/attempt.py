@@ -70,6 +70,10 @@ class Attempt:
         return self._pins.attempt
 
     @property
+    def pipeline(self) -> str:
+        return self._pins.pipeline
+
+    @property
     def workflow_id(self) -> str:
         return self._pins.workflow_id
 

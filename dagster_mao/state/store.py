@@ -74,6 +74,24 @@ class StateStore:
         """The effective state: by agent, what the completed attempts sealed last. Empty before any attempt completed."""
         return effective(self.seals(workflow_id))
 
+    def sealed_before(self, time: dt.datetime, pipeline: str, agent: str, *, other_than: str) -> Seal | None:
+        """What an agent had sealed at that time in the effective state of another workflow, the one of the latest such seal; else None.
+
+        What is sealed afterwards does not change the answer, so that it is the same for every step and try of an attempt that began then.
+        """
+        told = self.log().filter(
+            (pl.col("pipeline") == pipeline)
+            & (pl.col("agent") == agent)
+            & (pl.col("workflow_id") != other_than)
+            & (pl.col("sealed_at") < time)
+        )
+        newest = told.group_by("workflow_id").agg(pl.col("sealed_at").max()).sort("sealed_at", "workflow_id", descending=True)
+        for workflow_id in self.collect(newest)["workflow_id"]:
+            found = effective([seal for seal in self.seals(workflow_id) if seal.sealed_at < time]).get(agent)
+            if found is not None:
+                return found
+        return None
+
     def read(self, seal: Seal) -> pl.LazyFrame:
         """The rows of a state version. Raises `TamperedError` when row or bytes are not what was sealed."""
         if not seal.path:
