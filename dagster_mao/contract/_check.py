@@ -7,6 +7,7 @@ goes through pydantic, chunk by chunk, on the columns it needs and no more.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from dagster_mao.contract._rules import CALENDAR, UNIQUE, Rule
 from dagster_mao.contract._types import Field, Type, dtype_text, spell
+from dagster_mao.contract._values import UndecodableError, decoded
 from dagster_mao.contract._verdict import ROW, RULES, RuleFailure, Sifted, Verdict, shown
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class Judge:
 
     field: str | None
     columns: tuple[str, ...]
+    decode: Callable[[Any], Any] | None
     validate: Callable[[Any], object]
     fields: tuple[Field, ...]
 
@@ -38,10 +41,12 @@ class Judge:
         values = batch[self.field].to_list() if self.field else batch.select(self.columns).iter_rows(named=True)
         for position, value in enumerate(values):
             try:
-                self.validate(value)
+                self.validate(decoded(value, self.decode, self.field or ""))
             except ValidationError as refused:
                 errors = refused.errors(include_url=False)
                 yield position, {rule_of(self.fields, e, self.field) for e in errors}
+            except UndecodableError as refused:
+                yield position, {(f"{refused.path}: {refused.rule}", re.split(r"[.\[]", refused.path)[0])}
             except Exception as error:
                 # A validator may raise anything; whatever it is, the record did not pass. Its text may hold values: tell its kind only.
                 yield position, {(f"{self.field or 'record'}: {type(error).__name__}", self.field)}
@@ -86,7 +91,12 @@ def _first_pass(
     sound = {name for name, dtype in contract.schema.items() if name in present and fits(present[name], dtype)}
     lazy = conformed(lazy, present, contract.schema)
     found = _count(lazy, [rule for rule in contract.rules if rule.field in sound], contract.key if contract.key in sound else None)
-    return lazy, schema_failures(contract, present, exact), found, [j for j in contract.judges if sound.issuperset(j.columns)]
+    return (
+        lazy,
+        schema_failures(contract, present, exact or contract.closed),
+        found,
+        [j for j in contract.judges if sound.issuperset(j.columns)],
+    )
 
 
 # --- the columns -----------------------------------------------------------------------------------------------------------------------
@@ -169,7 +179,8 @@ def _count(lazy: pl.LazyFrame, rules: Sequence[Rule], key: str | None) -> _Found
     """One aggregation: the number of rows, the rules that break, and the hashes of keys that may be doubled.
 
     Keys are compared by their sorted 64-bit hashes: where no neighbours are equal, all keys differ. Equal ones prove nothing, and
-    `_doubled` looks at their keys themselves. This is the one thing here that grows with the batch, by some 12 bytes a row; a hash set takes 45.
+    `_doubled` looks at their keys themselves. This is the one thing here that grows with the batch, by some 12 bytes a row; a hash set
+    takes 45.
     """
     columns = [pl.len().alias("rows")] + [rule.broken.any().alias(f"rule {i}") for i, rule in enumerate(rules)]
     if key is not None:
@@ -337,27 +348,30 @@ def rule_of(fields: Sequence[Field], error: Mapping[str, Any], judged: str | Non
 
     `judged` is the field that was judged by itself; its errors do not name it.
     """
-    path, column = _path(fields, (judged, *error["loc"]) if judged else error["loc"])
+    path, column, node = _path(fields, (judged, *error["loc"]) if judged else error["loc"])
     name = _SAME_RULE.get(error["type"])
     if error["input"] is None and error["type"] not in {"value_error", "assertion_error"}:
         words = "not null"
     elif name is not None and name in error.get("ctx", {}):
-        words = spell(name, error["ctx"][name])
+        words = spell(name, (node.constraints if node else {}).get(name, error["ctx"][name]))
     else:
         words = _SAME_WORDS.get(error["type"], error["type"])
     return f"{path or 'record'}: {words}", column
 
 
-def _path(fields: Sequence[Field], loc: Sequence[int | str]) -> tuple[str, str | None]:
-    """Where pydantic was, in the names of fields. What is in `loc` beyond them (keys of a dict, choices of a union) is left out."""
+def _path(fields: Sequence[Field], loc: Sequence[int | str]) -> tuple[str, str | None, Type | None]:
+    """Where pydantic was: in the names of fields, the column, the type. What else is in `loc` (keys, choices of a union) is left out."""
     path, column = "", None
     node: Type | None = None
-    for step in loc:
+    for i, step in enumerate(loc):
         members = fields if column is None else node.fields if node else ()
         member = next((f for f in members if step == f.name), None) or next((f for f in members if step == f.alias), None)
         if member is not None:
             path, node = (f"{path}.{member.name}" if path else member.name), member.type
             column = column or member.name
+        elif node is not None and node.name == "dict" and not node.json and node.item is not None:
+            part = node.item.fields[0 if loc[i + 1 : i + 2] == ("[key]",) else 1]
+            path, node = f"{path}[].{part.name}", part.type
         elif isinstance(step, int) and node is not None and node.item is not None:
             path, node = f"{path}[]", node.item
-    return path, column
+    return path, column, node

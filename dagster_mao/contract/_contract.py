@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import inspect
 import itertools
@@ -19,7 +20,8 @@ from dagster_mao.contract._check import Judge, check, conformed, rule_of, schema
 from dagster_mao.contract._evolve import upgraded
 from dagster_mao.contract._markers import Key
 from dagster_mao.contract._rules import Rule, rules_of
-from dagster_mao.contract._types import Field, Type, definitions_of, dtype_text, encoded, fields_of, has_model_validators, modes_of
+from dagster_mao.contract._types import Field, Type, definitions_of, dtype_text, fields_of, has_model_validators, modes_of
+from dagster_mao.contract._values import EXTRAS, MICROSECOND, UndecodableError, decode_struct, decoded, encoded
 from dagster_mao.contract._verdict import MASK, Refused, RuleFailure, Sifted, Verdict, plain, text_of
 from dagster_mao.errors import ContractDefinitionError, InvalidRecordsError
 
@@ -33,8 +35,11 @@ class Contract(Generic[M]):
     """What both sides of a boundary hold a batch to. Make one with `Contract.of(Model)`.
 
     Attributes: the pydantic `model`; its `name`; its `version` (the model's `__contract_version__`, "1" if it has none); `key`, the field
-    marked `mao.Key`, or None; `personal`, the fields marked `mao.Personal`; `schema`, the exact column types, in field order; `fields`, the
-    same as a tree with the constraints.
+    marked `mao.Key`, or None; `personal`, the fields marked `mao.Personal` and those that hold a secret; `schema`, the exact column types,
+    in field order; `fields`, the same as a tree with the constraints; `closed`, whether extra="forbid" refuses columns that it has not.
+
+    Columns have the names of the fields, whatever their aliases. What extra="allow" lets in is one more column, `model_extra`. Computed
+    fields are no columns: they follow from what is there, and are computed again when it is read.
     """
 
     def __init__(self, model: type[M]) -> None:
@@ -48,6 +53,7 @@ class Contract(Generic[M]):
             raise ContractDefinitionError(f"contract {self.name}: its version is no text", fix='write __contract_version__ = "2"')
         self.fields = fields_of(model)
         self.key = self._key()
+        self.closed = model.model_config.get("extra") == "forbid"
         self.personal = frozenset(f.name for f in self.fields if f.personal)
         self.schema = pl.Schema({f.name: f.type.dtype for f in self.fields})
         self.judges = tuple(_judges(model, self.fields))
@@ -125,8 +131,9 @@ class Contract(Generic[M]):
         """Judge a batch: columns, every rule, the key's uniqueness. Up to `samples` records are shown per broken rule.
 
         The verdict on a row is pydantic's verdict on the record. A column has the declared type exactly, or holds nothing but nulls in a
-        field that may be null. `exact` refuses columns that the contract does not have. A batch that passes is read once, streaming, so it
-        may be larger than memory; with validators that pydantic must run, once more, in chunks. It changes no value.
+        field that may be null. `exact` refuses columns that the contract does not have, as a model with extra="forbid" does anyway. A batch
+        that passes is read once, streaming, so it may be larger than memory; with validators that pydantic must run, once more, in chunks.
+        It changes no value.
         """
         return check(self, frame, samples, exact)
 
@@ -279,12 +286,15 @@ class Contract(Generic[M]):
         Raises InvalidRecordsError: wrong columns, or a row that pydantic refuses, by position and field.
         """
         rows = self.select(frame.lazy()).collect()
-        validate = _validator(self.model)
+        validate, decode = _validator(self.model), decode_struct(self.fields)
         for position, row in enumerate(rows.iter_rows(named=True)):
             try:
-                model = validate(row)
+                model = validate(decoded(row, decode))
             except ValidationError as refused:
                 raise _refused(position, self.name, refused) from None
+            except UndecodableError as refused:
+                what = f"record {position} is no {self.name}: {refused.rule}"
+                raise InvalidRecordsError(what, field=refused.path, fix="correct the record, or the model") from None
             yield model
 
 
@@ -331,9 +341,9 @@ def _judges(model: type[BaseModel], fields: tuple[Field, ...]) -> Iterator[Judge
     definitions = definitions_of(core)
     while core["type"] in {"definitions", "definition-ref"}:
         core = core["schema"] if core["type"] == "definitions" else definitions[core["schema_ref"]]
-    whole = core["type"] != "model" or has_model_validators(core)
+    whole = core["type"] != "model" or has_model_validators(core) or any(f.name == EXTRAS for f in fields)
     if whole or any(_needs_siblings(f["schema"], definitions) for f in core["schema"]["fields"].values()):
-        yield Judge(None, tuple(f.name for f in fields), _validator(model), fields)
+        yield Judge(None, tuple(f.name for f in fields), decode_struct(fields), _validator(model), fields)
         return
     for field in fields:
         if not field.type.decided:
@@ -341,7 +351,7 @@ def _judges(model: type[BaseModel], fields: tuple[Field, ...]) -> Iterator[Judge
             if definitions:
                 schema = {"type": "definitions", "schema": schema, "definitions": list(definitions.values())}
             validator = SchemaValidator(schema, core.get("config"))
-            yield Judge(field.name, (field.name,), _field_validator(validator), fields)
+            yield Judge(field.name, (field.name,), field.type.decode, _field_validator(validator), fields)
 
 
 def _field_validator(validator: SchemaValidator) -> Any:
@@ -367,7 +377,8 @@ def _needs_siblings(schema: Any, definitions: Mapping[str, Any]) -> bool:
 def _describe_field(field: Field) -> dict[str, Any]:
     described = {"name": field.name, **_describe(field.type), "personal": field.personal}
     if field.default is not PydanticUndefined:
-        described["default"] = to_jsonable_python(field.default, inf_nan_mode="strings", bytes_mode="base64", fallback=str)
+        shown = MASK if _hides(field) and field.default not in (None, [], {}) else field.default
+        described["default"] = to_jsonable_python(shown, inf_nan_mode="strings", bytes_mode="base64", fallback=str)
     return described if field.description is None else {**described, "description": field.description}
 
 
@@ -385,6 +396,10 @@ def _describe(node: Type) -> dict[str, Any]:
         described["fields"] = [_describe_field(f) for f in node.fields]
     if node.item is not None:
         described["items"] = _describe(node.item)
+    if node.json:
+        described["json"] = True
+    if node.choices:
+        described["choices"] = [_describe(choice) for choice in node.choices]
     return described
 
 
@@ -393,7 +408,7 @@ def _canonical(value: Any, node: Type) -> Any:
         return [plain(v) for v in value]
     if node.name == "float" and not isinstance(value, bool):
         value = float(value)
-    return plain(value)
+    return plain(value // MICROSECOND if isinstance(value, dt.timedelta) else value)
 
 
 def _without_descriptions(described: Any) -> Any:

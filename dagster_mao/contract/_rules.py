@@ -14,7 +14,8 @@ from typing import Any
 
 import polars as pl
 
-from dagster_mao.contract._types import Field, Type, fits_64_bits, spell
+from dagster_mao.contract._types import Field, Type, spell
+from dagster_mao.contract._values import KEYS_UNIQUE, MICROSECOND, SORTED, fits_64_bits
 
 UNIQUE = "unique"
 CALENDAR = ": year 1 to 9999"
@@ -63,12 +64,14 @@ Compiler = Callable[[pl.Expr, Any, Type], "pl.Expr | None"]
 def _literal(limit: Any, node: Type) -> pl.Expr:
     if node.name == "float":
         return pl.lit(float(limit), dtype=pl.Float64)
+    if node.name == "timedelta":
+        return pl.lit(limit // MICROSECOND, dtype=pl.Int64)
     return pl.lit(limit, dtype=node.dtype)
 
 
 def _bound(keeps: Callable[[pl.Expr, pl.Expr], pl.Expr]) -> Compiler:
     def compile_bound(value: pl.Expr, limit: Any, node: Type) -> pl.Expr | None:
-        if node.name == "int" and not fits_64_bits(limit):
+        if node.dtype == pl.Int64() and not fits_64_bits(limit // MICROSECOND if node.name == "timedelta" else limit):
             return None  # beyond all that a column holds, on the harmless side: the other side was refused at definition
         broken = ~keeps(value, _literal(limit, node))
         # NaN is above every number for polars; to pydantic, as to IEEE, it keeps no bound.
@@ -135,8 +138,20 @@ def _outside_calendar(value: pl.Expr) -> pl.Expr:
     return (value.dt.year() < dt.MINYEAR) | (value.dt.year() > dt.MAXYEAR)
 
 
+def _unsorted(value: pl.Expr) -> pl.Expr:
+    item = pl.element()
+    late_null = item.is_null() & (pl.int_range(pl.len()) > 0)
+    return value.list.eval(late_null | (item <= item.shift(1)).fill_null(False)).list.any()
+
+
+def _doubled_keys(value: pl.Expr) -> pl.Expr:
+    return value.list.eval(pl.element().struct.field("key").is_duplicated()).list.any()
+
+
 _NATURAL: dict[str, tuple[str, Callable[[pl.Expr], pl.Expr]]] = {
     "date": (CALENDAR[2:], _outside_calendar),
     "datetime": (CALENDAR[2:], _outside_calendar),
+    "set": (SORTED, _unsorted),
+    "dict": (KEYS_UNIQUE, _doubled_keys),
     "uuid": ("uuid", lambda value: ~value.str.contains(UUID_TEXT)),
 }

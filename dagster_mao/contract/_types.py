@@ -2,25 +2,33 @@
 
 The tree is read from the model's core schema, the form that pydantic itself validates by: there `Optional[conint(ge=5)]`, `Interval` and
 config limits have become one thing, and a node that is not known here is seen as such. Nothing unknown is ever taken for "any value": it is
-judged by pydantic, row by row (`exact` False), or, where no Delta column can hold it, refused when the contract is defined.
+judged by pydantic, row by row (`exact` False), or, where it is no data at all, refused when the contract is defined.
+
+What Delta has no column for is kept in another: a dict as a list of entries, a set as a sorted list, a timedelta as microseconds, a time
+and whatever is made from text as that text, and what has no one type (a union, `Any`, a tuple of different things, a model in itself) as
+JSON text. docs/adr/0007 has the table.
 """
 
 from __future__ import annotations
 
-import datetime as dt
+import dataclasses
 import decimal
 import enum
 import math
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, get_args
+from functools import cache, partial
+from types import UnionType
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
 
 import polars as pl
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
+from pydantic import BaseModel, ByteSize, EncodedBytes, EncodedStr, RootModel, TypeAdapter
+from pydantic.types import Secret, SecretBytes, SecretStr
+from pydantic_core import PydanticUndefined, SchemaValidator
 
+from dagster_mao.contract import _values as values
 from dagster_mao.contract._markers import Personal
+from dagster_mao.contract._values import encoded, fits_64_bits, has_scale
 from dagster_mao.errors import ContractDefinitionError
 
 BOUNDS = ("gt", "ge", "lt", "le")
@@ -43,7 +51,9 @@ class Field:
 
 @dataclass(frozen=True)
 class Type:
-    """What a column holds. `exact`: polars' verdict over `constraints` is pydantic's. `encode` makes the column's value of Python's.
+    """What a column holds. `exact`: polars' verdict over `constraints` is pydantic's. `encode` makes the column's value of Python's,
+    `decode` what pydantic judges of the column's (None: that is the same). `item` is what a list holds; of a dict, an entry with the fields
+    `key` and `value`. `json`: it is JSON text. `choices` are a union's, where they have no type in common.
 
     `modes` says where validators stand (pydantic's words: after, before, wrap). What a "before" or "wrap" makes of a value keeps the
     constraints; the value itself, which is what the column holds, need not.
@@ -58,6 +68,9 @@ class Type:
     fields: tuple[Field, ...] = ()
     item: Type | None = None
     modes: tuple[str, ...] = ()
+    decode: Callable[[Any], Any] | None = None
+    json: bool = False
+    choices: tuple[Type, ...] = ()
 
     @property
     def decided(self) -> bool:
@@ -74,9 +87,26 @@ class _Scope:
     definitions: Mapping[str, Any]
     config: Mapping[str, Any]
     seen: frozenset[str] = frozenset()
+    annotation: Any = None  # what the user wrote there, where that is known; of use where the schema says nothing
 
-    def at(self, path: str) -> _Scope:
-        return replace(self, path=f"{self.path}.{path}" if self.path else path)
+    def at(self, path: str, annotation: Any = None) -> _Scope:
+        return replace(self, path=f"{self.path}.{path}" if self.path else path, annotation=annotation)
+
+    def into(self, path: str, position: int | None = 0) -> _Scope:
+        """The scope of what the annotation holds at this position."""
+        args = get_args(_plain_annotation(self.annotation))
+        inside = args[position] if position is not None and len(args) > position else None
+        return replace(self, path=self.path + path, annotation=inside)
+
+    def judge(self, schema: Mapping[str, Any]) -> Callable[[Any], Any]:
+        """pydantic's verdict by this part of the schema alone; made when it is first asked for."""
+
+        @cache
+        def validator() -> SchemaValidator:
+            whole: Any = {"type": "definitions", "schema": schema, "definitions": list(self.definitions.values())}
+            return SchemaValidator(whole if self.definitions else schema, dict(self.config))  # type: ignore[arg-type]
+
+        return lambda value: validator().validate_python(value, strict=False, by_name=True, by_alias=False)
 
     def refuse(self, what: str, fix: str) -> NoReturn:
         raise ContractDefinitionError(f"contract {self.model}: {what}", field=self.path or None, fix=fix)
@@ -85,8 +115,7 @@ class _Scope:
 def fields_of(model: type[BaseModel]) -> tuple[Field, ...]:
     """The fields of a model, in order. Raises ContractDefinitionError naming the field that no Delta column can hold."""
     core: Any = model.__pydantic_core_schema__
-    scope = _Scope(model.__name__, "", definitions_of(core), {})
-    return _model(core, scope).fields
+    return _model(core, _Scope(model.__name__, "", definitions_of(core), {}, annotation=model)).fields
 
 
 def definitions_of(core: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,32 +123,48 @@ def definitions_of(core: Mapping[str, Any]) -> dict[str, Any]:
     return {d["ref"]: d for d in core.get("definitions", ())}
 
 
-def is_personal(annotation: Any) -> bool:
-    """Whether `Personal` stands anywhere in the annotation, inside Optional, list and Annotated too."""
-    return annotation is Personal or any(is_personal(arg) for arg in get_args(annotation)) or Personal in _metadata(annotation)
+def is_personal(annotation: Any, *, deep: bool = False, seen: frozenset[Any] = frozenset()) -> bool:
+    """Whether `Personal`, or a secret, is anywhere in the annotation, inside Optional, list and Annotated too; `deep`: in models too."""
+    if annotation is Personal or Personal in getattr(annotation, "__metadata__", ()):
+        return True
+    if isinstance(annotation, type) and issubclass(get_origin(annotation) or annotation, (SecretStr, SecretBytes, Secret)):
+        return True
+    inner: list[Any] = [*get_args(annotation), getattr(annotation, "__value__", None)]
+    if isinstance(annotation, type) and annotation not in seen:
+        if issubclass(annotation, BaseModel) and (deep or issubclass(annotation, RootModel)):
+            if any(Personal in info.metadata for info in annotation.model_fields.values()):
+                return True
+            inner += [info.annotation for info in annotation.model_fields.values()]
+        elif deep:
+            inner += getattr(annotation, "__annotations__", {}).values()
+    return any(is_personal(one, deep=deep, seen=seen | {annotation}) for one in inner if one is not None and one is not annotation)
 
 
-def _metadata(annotation: Any) -> tuple[Any, ...]:
-    return tuple(getattr(annotation, "__metadata__", ()))
+def _plain_annotation(annotation: Any) -> Any:
+    """The annotation without `Annotated` and `| None`."""
+    if get_origin(annotation) is Annotated:
+        return _plain_annotation(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        choices = [arg for arg in get_args(annotation) if arg is not type(None)]
+        return _plain_annotation(choices[0]) if len(choices) == 1 else annotation
+    return annotation
 
 
 def _compile(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    compiler = _COMPILERS.get(schema["type"])
-    if compiler is None:
-        scope.refuse(f"no Delta column can hold this type ({schema['type']})", _ADVICE.get(schema["type"], _ADVICE_ELSE))
-    return _admitting(compiler(schema, scope), scope)
+    kind = schema["type"]
+    if kind in _NO_DATA:
+        scope.refuse(f"no Delta column can hold this type ({kind})", _NO_DATA[kind])
+    node = _COMPILERS.get(kind, _json)(schema, scope)
+    if kind in _SAYS and any(value not in (None, False) for name, value in schema.items() if name not in _SAYS[kind] | _SILENT):
+        node = replace(node, exact=False)  # a word that is not known here
+    return _admitting(node, scope)
 
 
-_ADVICE_ELSE = "use str, int, float, bool, date, datetime, Decimal, bytes, UUID, an Enum or Literal, a nested model or a list of these"
-_ADVICE = {
-    "any": "say which type the field has",
-    "union": "give the field one type",
-    "time": "use datetime, or str",
-    "timedelta": "use a number of seconds: float, or int",
-    "dict": "use a nested model, or a list of nested models with a name and a value",
-    "set": "use list[...]: a set has no order, so equal sets would have different digests",
-    "frozenset": "use list[...]: a set has no order, so equal sets would have different digests",
-    "function-plain": "use AfterValidator or BeforeValidator on a type that a column can hold",
+_NO_DATA = {
+    "callable": "name what is to be called, as str",
+    "is-instance": "say which data the object is made from: give it a type that pydantic validates",
+    "is-subclass": "name the class, as str",
+    "generator": "use list[...]: a generator is gone once it is read",
 }
 
 
@@ -129,22 +174,80 @@ _ADVICE = {
 def _definition_ref(schema: Mapping[str, Any], scope: _Scope) -> Type:
     ref = schema["schema_ref"]
     if ref in scope.seen:
-        scope.refuse("the model contains itself, and no Delta column is that deep", "refer to the other record by its key")
+        return _json(schema, scope)  # it contains itself, and no column is that deep
     return _compile(scope.definitions[ref], replace(scope, seen=scope.seen | {ref}))
 
 
 def _inner(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    return _compile(schema["schema"], replace(scope, definitions={**scope.definitions, **definitions_of(schema)}))
+    inner = _compile(schema["schema"], replace(scope, definitions={**scope.definitions, **definitions_of(schema)}))
+    # A default that stands in for what is refused: then nothing is.
+    return inner if schema.get("on_error", "raise") == "raise" else replace(inner, exact=False, modes=_modes(*inner.modes, "wrap"))
 
 
 def _nullable(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    return replace(_compile(schema["schema"], scope), nullable=True)
+    inner = _compile(schema["schema"], scope)
+    return replace(inner, nullable=True, encode=_never_null(inner.encode)) if inner.nullable else replace(inner, nullable=True)
+
+
+def _never_null(encode: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Of what is None inside and may be None outside (`RootModel[int | None] | None`), the column would not say which it is."""
+
+    def checked(value: Any) -> Any:
+        if (column := encode(value)) is None:
+            raise ValueError(f"is {type(value).__name__} and would be read back as None")
+        return column
+
+    return checked
 
 
 def _function(schema: Mapping[str, Any], scope: _Scope) -> Type:
     # A validator may refuse, repair or replace what the inner type says, so only pydantic knows. The column's type is the inner one's.
+    owner = getattr(schema["function"]["function"], "__self__", None)
+    if owner is ByteSize:
+        return Type("int", pl.Int64(), values.encode_int, {"ge": 0}, exact=False, modes=("after",))
     inner = _compile(schema["schema"], scope)
-    return replace(inner, exact=False, modes=_modes(*inner.modes, schema["type"].removeprefix("function-")))
+    encode = inner.encode
+    if isinstance(owner, EncodedStr):
+        encode = owner.encode_str
+    elif isinstance(owner, EncodedBytes):
+        encode = owner.encode
+    elif not inner.json:
+        encode = values.or_from_text(encode, values.faithful(partial(_from_source, inner), inner.decode, scope.judge(schema)))
+    else:
+        encode = values.faithful(values.json_text, values.decode_json, scope.judge(schema))
+    return replace(inner, exact=False, encode=encode, modes=_modes(*inner.modes, schema["type"].removeprefix("function-")))
+
+
+def _from_source(inner: Type, value: Any) -> Any:
+    """The column's value of an object that a validator made: of what a secret holds, or of the text that the object is written as."""
+    if hasattr(value, "get_secret_value"):
+        return encoded(value.get_secret_value(), inner)
+    if inner.dtype != pl.String():
+        raise TypeError(f"is {type(value).__name__}, not {inner.name}")
+    return values.as_text(value)
+
+
+def _plain_function(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    """A validator alone: the column is the one of the annotation, if that says anything; otherwise text, of a class, or JSON."""
+    annotation = _plain_annotation(scope.annotation)
+    if annotation is None or isinstance(annotation, str):
+        return _json(schema, scope)
+    inner: Any = TypeAdapter(annotation).core_schema
+    if inner["type"] == "function-plain":
+        node = Type("text", pl.String(), values.faithful(values.as_text, None, scope.judge(schema)))
+    else:
+        node = _compile(inner, replace(scope, definitions=definitions_of(inner)))
+    return replace(node, exact=False, nullable=True, modes=_modes(*node.modes, "wrap"))
+
+
+def _branch(name: str) -> Callable[[Mapping[str, Any], _Scope], Type]:
+    """Where pydantic has a schema for Python and one for JSON, or one for each strictness: the column is of the one that is plain data."""
+
+    def compile_branch(schema: Mapping[str, Any], scope: _Scope) -> Type:
+        inner = _compile(schema[name] if name != "steps" else schema["steps"][0], scope)
+        return replace(inner, exact=False, encode=values.faithful(inner.encode, inner.decode, scope.judge(schema)))
+
+    return compile_branch
 
 
 def _modes(*modes: str) -> tuple[str, ...]:
@@ -163,10 +266,11 @@ def modes_of(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> tuple
 
 
 def _union(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    choices = [_compile(c[0] if isinstance(c, tuple) else c, scope) for c in schema["choices"]]
-    dtypes = {str(c.dtype) for c in choices}
-    if len(dtypes) != 1:
-        scope.refuse(f"a column has one type, not {' or '.join(sorted(dtypes))}", _ADVICE["union"])
+    given = schema["choices"].values() if isinstance(schema["choices"], dict) else schema["choices"]
+    choices = [_compile(c[0] if isinstance(c, tuple) else c, replace(scope, annotation=None)) for c in given]
+    modes = _modes(*(mode for c in choices for mode in c.modes))
+    if len({str(c.dtype) for c in choices}) > 1 or any(c.decode for c in choices):
+        return replace(_json(schema, scope), choices=tuple(choices), nullable=any(c.nullable for c in choices), modes=modes)
     names = sorted({c.name for c in choices})
     return replace(
         choices[0],
@@ -174,9 +278,20 @@ def _union(schema: Mapping[str, Any], scope: _Scope) -> Type:
         constraints={},
         exact=False,
         nullable=any(c.nullable for c in choices),
-        modes=_modes(*(mode for c in choices for mode in c.modes)),
-        encode=_encode_first([c.encode for c in choices]),
+        modes=modes,
+        encode=values.faithful(values.encode_first([c.encode for c in choices]), None, scope.judge(schema)),
     )
+
+
+def _json(schema: Mapping[str, Any], scope: _Scope, **more: Any) -> Type:
+    """What has no column of its own. What JSON has no word for, or would be read back as something else, is refused with its record."""
+    kind = _JSON_NAMES.get(schema["type"], schema["type"])
+    encode = values.faithful(values.json_text, values.decode_json, scope.judge(schema))
+    nullable = schema["type"] in {"any", "function-plain"}
+    return Type(kind, pl.String(), encode, decode=values.decode_json, exact=False, json=True, nullable=nullable, **more)
+
+
+_JSON_NAMES = {"tagged-union": "union", "function-plain": "any", "definition-ref": "model", "named-tuple": "tuple", "call": "tuple"}
 
 
 def _model(schema: Mapping[str, Any], scope: _Scope) -> Type:
@@ -186,38 +301,90 @@ def _model(schema: Mapping[str, Any], scope: _Scope) -> Type:
     if schema["type"] == "definition-ref":
         ref = schema["schema_ref"]
         return _model(scope.definitions[ref], replace(scope, seen=scope.seen | {ref}))
-    if schema["type"] != "model" or schema.get("root_model"):
+    if schema["type"] != "model" or (schema.get("root_model") and scope.annotation is schema["cls"] and not scope.path):
         scope.refuse("this is no model with fields", "use a pydantic BaseModel with fields (not a RootModel)")
     model, config = schema["cls"], schema.get("config", {})
+    definitions = {**scope.definitions, **definitions_of(given)}
+    inside = replace(scope, config=config, definitions=definitions)
+    exact, modes = not has_model_validators(schema), modes_of(given, definitions)
+    if schema.get("root_model"):
+        return _root(schema, replace(inside, annotation=model.model_fields["root"].annotation))
     body = schema["schema"]
     while body["type"] != "model-fields":
         body = body["schema"]
-    inside = replace(scope, config=config)
+    fields = [_field(name, f["schema"], model.model_fields[name], inside) for name, f in body["fields"].items()]
     if config.get("extra_fields_behavior") == "allow" or body.get("extra_behavior") == "allow":
-        scope.refuse(
-            f"{model.__name__} takes extra fields, which no column would hold", "set extra='ignore' or 'forbid' in its model_config"
-        )
-    fields = tuple(_field(name, f["schema"], model, inside.at(name)) for name, f in body["fields"].items())
+        fields.append(_extras(body))
+        exact = exact and not body.get("extras_schema")
     if not fields:
         scope.refuse(f"{model.__name__} has no fields", "give it at least one")
+    return replace(_struct(model, tuple(fields)), exact=exact, modes=modes)
+
+
+def _struct(cls: type, fields: tuple[Field, ...]) -> Type:
     dtype = pl.Struct({f.name: f.type.dtype for f in fields})
-    definitions = {**scope.definitions, **definitions_of(given)}
-    return Type(
-        "model",
-        dtype,
-        _encode_model(model, fields),
-        fields=fields,
-        exact=not has_model_validators(schema),
-        modes=modes_of(given, definitions),
-    )
+    return Type("model", dtype, values.encode_struct(cls, fields), fields=fields, decode=values.decode_struct(fields))
 
 
-def _field(name: str, schema: Mapping[str, Any], model: type[BaseModel], scope: _Scope) -> Field:
-    info = model.model_fields[name]
-    personal = Personal in info.metadata or is_personal(info.annotation)
-    kind = _compile(schema, scope)
+def _extras(body: Mapping[str, Any]) -> Field:
+    """What extra="allow" lets in beside the fields: JSON text of an object, null where there is nothing."""
+    text = Type("extras", pl.String(), values.encode_extras, decode=values.decode_extras, exact=False, json=True, nullable=True)
+    return Field(values.EXTRAS, text, personal=True, description="what came in beside the fields", default=None)
+
+
+def _root(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    """A RootModel is the column of its root."""
+    inner = _compile(schema["schema"], scope)
+    model, exact = schema["cls"], inner.exact and not (schema.get("custom_init") or schema.get("post_init"))
+
+    def encode(value: Any) -> Any:
+        if not isinstance(value, model):
+            raise TypeError(f"is {type(value).__name__}, not {model.__name__}")
+        return encoded(value.root, inner)
+
+    return replace(inner, exact=exact, encode=encode)
+
+
+def _dataclass(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    body = schema["schema"]
+    while body["type"] != "dataclass-args":
+        body = body["schema"]
+    exact = schema["schema"]["type"] == "dataclass-args" and not schema.get("post_init")
+    if not body["fields"] or any(f.get("init_only") or f.get("init") is False for f in body["fields"]):
+        return _json(schema, scope)
+    annotations = {f.name: f.type for f in dataclasses.fields(schema["cls"])}
+    inside = replace(scope, config=schema.get("config", scope.config))
+    fields = [_member(f["name"], f, annotations[f["name"]], inside) for f in body["fields"]]
+    return replace(_struct(schema["cls"], tuple(fields)), exact=exact)
+
+
+def _typed_dict(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    inside = replace(scope, config=schema.get("config", scope.config))
+    every = schema.get("total", True)
+    behaviour = schema.get("extra_behavior", inside.config.get("extra_fields_behavior"))
+    if not schema["fields"] or behaviour == "allow" or not all(f.get("required", every) for f in schema["fields"].values()):
+        return _json(schema, scope)  # a column cannot tell a key that is not there from one that is None
+    annotations = getattr(schema.get("cls"), "__annotations__", {})
+    return _struct(dict, tuple(_member(name, f, annotations.get(name), inside) for name, f in schema["fields"].items()))
+
+
+def _member(name: str, schema: Mapping[str, Any], annotation: Any, scope: _Scope) -> Field:
+    """A field of a dataclass or a typed dict."""
+    node = _compile(schema["schema"], scope.at(name, None if isinstance(annotation, str) else annotation))
+    alias = schema.get("validation_alias")
+    return Field(name, node, is_personal(annotation, deep=node.json), None, PydanticUndefined, alias if isinstance(alias, str) else None)
+
+
+def _field(name: str, schema: Mapping[str, Any], info: Any, scope: _Scope) -> Field:
+    node = _compile(schema, scope.at(name, info.annotation))
+    personal = Personal in info.metadata or is_personal(info.annotation, deep=_has_json(node))
     alias = info.validation_alias if isinstance(info.validation_alias, str) else info.alias
-    return Field(name, kind, personal, info.description, _default(info, kind), alias)
+    return Field(name, node, personal, info.description, _default(info, node), alias)
+
+
+def _has_json(node: Type) -> bool:
+    """Whether JSON text is in the column by itself, not as a member that says for itself whether it is personal."""
+    return node.json or (node.item is not None and (_has_json(node.item) or any(_has_json(f.type) for f in node.item.fields)))
 
 
 _EMPTY = (list, tuple, set, frozenset, dict)
@@ -243,23 +410,63 @@ def has_model_validators(schema: Mapping[str, Any]) -> bool:
 
 
 def _list(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    if "items_schema" not in schema:
-        scope.refuse("the list does not say what it holds", "say list[str], list[int], list[Model], ...")
-    item = _compile(schema["items_schema"], replace(scope, path=scope.path + "[]"))
-    return Type("list", pl.List(item.dtype), _encode_list(item.encode), _some(schema, "min_length", "max_length"), item=item)
+    item = _compile(schema.get("items_schema", {"type": "any"}), scope.into("[]"))
+    if item.json:
+        return _json(schema, scope, item=item)
+    encode, constraints = values.encode_list(item.encode), _some(schema, "min_length", "max_length")
+    return Type("list", pl.List(item.dtype), encode, constraints, item=item, decode=values.decode_list(item.decode))
+
+
+def _deque(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    node = _list(schema, scope)
+    return replace(node, exact=False, encode=values.faithful(node.encode, node.decode, scope.judge(schema)))
 
 
 def _tuple(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    if schema.get("variadic_item_index") != 0 or len(schema["items_schema"]) != 1:
-        scope.refuse("a tuple of different things is no column", "use a nested model, or list[...]")
-    return _list({**schema, "items_schema": schema["items_schema"][0]}, scope)
+    """A list, if its items are of one kind; of different ones, JSON text."""
+    items = schema["items_schema"]
+    if schema.get("variadic_item_index") == 0 and len(items) == 1:
+        return _list({**schema, "items_schema": items[0]}, scope)
+    if "variadic_item_index" in schema or not items or any(item != items[0] for item in items) or items[0]["type"] == "default":
+        return _json(schema, scope)
+    node = _list({"type": "list", "items_schema": items[0], "min_length": len(items), "max_length": len(items)}, scope)
+    return _json(schema, scope) if node.json else node
+
+
+def _set(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    item = _compile(schema.get("items_schema", {"type": "any"}), scope.into("[]"))
+    if item.json or item.decode or item.fields or item.item:
+        return _json(schema, scope)
+    encode = values.faithful(values.encode_set(item.encode), values.decode_set, scope.judge(schema))
+    return Type("set", pl.List(item.dtype), encode, _some(schema, "min_length", "max_length"), item=item, decode=values.decode_set)
+
+
+def _dict(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    """A list of entries. Delta has maps, but polars does not."""
+    key = _compile(schema.get("keys_schema", {"type": "any"}), scope.into("[].key"))
+    value = _compile(schema.get("values_schema", {"type": "any"}), scope.into("[].value", 1))
+    if key.json or key.fields or key.item or value.json:
+        return _json(schema, scope, item=value)
+    fields = (Field("key", key), Field("value", value))
+    entry = Type("entry", pl.Struct({f.name: f.type.dtype for f in fields}), _no_entry, fields=fields)
+    encode = values.encode_dict(key.encode, value)
+    constraints = _some(schema, "min_length", "max_length")
+    decode = values.decode_dict(key.decode, value.decode)
+    node = Type("dict", pl.List(entry.dtype), encode, constraints, item=entry, decode=decode)
+    if schema["type"] == "dict":
+        return node
+    return replace(node, exact=False, encode=values.faithful(encode, decode, scope.judge(schema)))
+
+
+def _no_entry(value: Any) -> NoReturn:
+    raise TypeError("entries are made by their dict")
 
 
 # --- scalars ---------------------------------------------------------------------------------------------------------------------------
 
 
 def _int(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    return Type("int", pl.Int64(), _encode_int, _some(schema, *BOUNDS, "multiple_of"))
+    return Type("int", pl.Int64(), values.encode_int, _some(schema, *BOUNDS, "multiple_of"))
 
 
 def _float(schema: Mapping[str, Any], scope: _Scope) -> Type:
@@ -267,11 +474,11 @@ def _float(schema: Mapping[str, Any], scope: _Scope) -> Type:
     if schema.get("allow_inf_nan", scope.config.get("allow_inf_nan", True)) is False:
         constraints["finite"] = True
     # pydantic takes the remainder with C's fmod; polars computes x - floor(x/m)*m, which is another number for large x.
-    return Type("float", pl.Float64(), _encode_float, constraints, exact="multiple_of" not in constraints)
+    return Type("float", pl.Float64(), values.encode_float, constraints, exact="multiple_of" not in constraints)
 
 
 def _bool(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    return Type("bool", pl.Boolean(), _encode_exactly(bool))
+    return Type("bool", pl.Boolean(), values.encode_exactly(bool))
 
 
 def _str(schema: Mapping[str, Any], scope: _Scope) -> Type:
@@ -280,12 +487,12 @@ def _str(schema: Mapping[str, Any], scope: _Scope) -> Type:
     constraints = _some(merged, "min_length", "max_length", "pattern")
     changes = {key: True for key in ("strip_whitespace", "to_lower", "to_upper") if merged.get(key)}
     pattern = constraints.get("pattern")
-    exact = not changes
+    exact = not changes and not merged.get("ascii_only")
     if pattern is not None:
         engine = merged.get("regex_engine", scope.config.get("regex_engine", "rust-regex"))
         exact = exact and engine == "rust-regex" and isinstance(pattern, str) and _polars_reads(pattern)
         constraints["pattern"] = pattern if isinstance(pattern, str) else pattern.pattern
-    return Type("str", pl.String(), _encode_exactly(str), {**constraints, **changes}, exact=exact)
+    return Type("str", pl.String(), values.encode_exactly(str), {**constraints, **changes}, exact=exact)
 
 
 def _polars_reads(pattern: str) -> bool:
@@ -296,13 +503,36 @@ def _polars_reads(pattern: str) -> bool:
     return True
 
 
+def _text(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    """What is made from text and written as text."""
+    name = {"multi-host-url": "url"}.get(schema["type"], schema["type"])
+    return Type(name, pl.String(), values.faithful(values.as_text, None, scope.judge(schema)), exact=False)
+
+
+def _json_string(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    """pydantic's `Json`: the column holds the text that pydantic parses."""
+    return Type("json", pl.String(), values.faithful(values.json_text, None, scope.judge(schema)), exact=False)
+
+
+def _none(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    return Type("none", pl.String(), values.encode_none, exact=False, nullable=True)
+
+
+def _timedelta(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    return Type("timedelta", pl.Int64(), values.encode_timedelta, _some(schema, *BOUNDS), decode=values.decode_timedelta)
+
+
+def _time(schema: Mapping[str, Any], scope: _Scope) -> Type:
+    return Type("time", pl.String(), values.encode_time, _some(schema, *BOUNDS), exact=False)
+
+
 def _bytes(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    return Type("bytes", pl.Binary(), _encode_exactly(bytes), _some(schema, "min_length", "max_length"))
+    return Type("bytes", pl.Binary(), values.encode_exactly(bytes), _some(schema, "min_length", "max_length"))
 
 
 def _date(schema: Mapping[str, Any], scope: _Scope) -> Type:
     constraints = _some(schema, *BOUNDS, "now_op")
-    return Type("date", pl.Date(), _encode_date, constraints, exact="now_op" not in constraints)
+    return Type("date", pl.Date(), values.encode_date, constraints, exact="now_op" not in constraints)
 
 
 def _datetime(schema: Mapping[str, Any], scope: _Scope) -> Type:
@@ -312,7 +542,7 @@ def _datetime(schema: Mapping[str, Any], scope: _Scope) -> Type:
         scope.refuse("a column cannot hold one offset only", "use AwareDatetime; it is stored as the same instant in UTC")
     constraints = _some(schema, *BOUNDS, "now_op")
     comparable = all((constraints[b].tzinfo is not None) == (zone == "aware") for b in BOUNDS if b in constraints)
-    dtype, encode = (UTC, _encode_aware) if zone == "aware" else (NAIVE, _encode_naive)
+    dtype, encode = (UTC, values.encode_aware) if zone == "aware" else (NAIVE, values.encode_naive)
     return Type("datetime", dtype, encode, constraints, exact=comparable and "now_op" not in constraints)
 
 
@@ -325,48 +555,36 @@ def _decimal(schema: Mapping[str, Any], scope: _Scope) -> Type:
     for bound in BOUNDS:
         if bound in constraints:
             constraints[bound] = decimal.Decimal(str(constraints[bound]))
-    exact = "multiple_of" not in constraints and all(_has_scale(constraints[b], scale) for b in BOUNDS if b in constraints)
+    exact = "multiple_of" not in constraints and all(has_scale(constraints[b], scale) for b in BOUNDS if b in constraints)
     exact = exact and (digits is None or ("decimal_places" in constraints and digits >= scale))
-    return Type("decimal", pl.Decimal(38, scale), _encode_decimal(scale), constraints, exact=exact)
-
-
-def _has_scale(value: decimal.Decimal, scale: int) -> bool:
-    if not value.is_finite():
-        return False
-    digits, exponent = value.as_tuple().digits, int(value.as_tuple().exponent)
-    return -exponent <= scale and len(digits) + exponent + scale <= 38
+    return Type("decimal", pl.Decimal(38, scale), values.encode_decimal(scale), constraints, exact=exact)
 
 
 def _uuid(schema: Mapping[str, Any], scope: _Scope) -> Type:
     constraints = _some(schema, "version")
-    return Type("uuid", pl.String(), _encode_uuid, constraints, exact=not constraints)
-
-
-def _url(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    return Type("url", pl.String(), str, exact=False)
+    return Type("uuid", pl.String(), values.encode_uuid, constraints, exact=not constraints)
 
 
 def _literal(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    return _one_of(schema["expected"], scope)
+    return _one_of(schema["expected"], schema, scope)
 
 
 def _enum(schema: Mapping[str, Any], scope: _Scope) -> Type:
-    one_of = _one_of(schema["members"], scope)
+    one_of = _one_of(schema["members"], schema, scope)
     return one_of if schema.get("missing") is None else replace(one_of, exact=False, modes=("wrap",))
 
 
-def _one_of(members: Iterable[Any], scope: _Scope) -> Type:
-    values = [m.value if isinstance(m, enum.Enum) else m for m in members]
-    nullable = None in values
-    values = [v for v in values if v is not None]
-    kinds: set[type] = {type(v) for v in values}
+def _one_of(members: Iterable[Any], schema: Mapping[str, Any], scope: _Scope) -> Type:
+    given = [m.value if isinstance(m, enum.Enum) else m for m in members]
+    nullable, options = None in given, [v for v in given if v is not None]
+    kinds: set[type] = {type(v) for v in options}
     dtypes: dict[type, pl.DataType] = {str: pl.String(), int: pl.Int64(), bool: pl.Boolean()}
     if len(kinds) != 1 or not kinds <= dtypes.keys():
-        scope.refuse("its values are not all str, all int or all bool", "give all members one type")
+        return replace(_json(schema, scope), name="enum", nullable=nullable)
     kind = kinds.pop()
-    if kind is int and not all(fits_64_bits(v) for v in values):
+    if kind is int and not all(fits_64_bits(v) for v in options):
         scope.refuse("a value does not fit 64 bits", "use str")
-    return Type("enum", dtypes[kind], _encode_member(kind), {"one_of": sorted(values)}, nullable=nullable)
+    return Type("enum", dtypes[kind], values.encode_member(kind), {"one_of": sorted(options)}, nullable=nullable)
 
 
 def _some(schema: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -381,22 +599,66 @@ _COMPILERS: dict[str, Callable[[Mapping[str, Any], _Scope], Type]] = {
     "function-after": _function,
     "function-before": _function,
     "function-wrap": _function,
+    "function-plain": _plain_function,
+    "lax-or-strict": _branch("strict_schema"),
+    "json-or-python": _branch("json_schema"),
+    "chain": _branch("steps"),
+    "custom-error": _branch("schema"),
     "union": _union,
+    "tagged-union": _union,
     "model": _model,
+    "dataclass": _dataclass,
+    "typed-dict": _typed_dict,
     "list": _list,
+    "deque": _deque,
     "tuple": _tuple,
+    "set": _set,
+    "frozenset": _set,
+    "dict": _dict,
+    "ordered-dict": _dict,
+    "counter": _dict,
+    "none": _none,
     "int": _int,
     "float": _float,
     "bool": _bool,
     "str": _str,
     "bytes": _bytes,
     "date": _date,
+    "time": _time,
     "datetime": _datetime,
+    "timedelta": _timedelta,
     "decimal": _decimal,
+    "complex": _text,
+    "fraction": _text,
     "uuid": _uuid,
-    "url": _url,
+    "url": _text,
+    "multi-host-url": _text,
+    "json": _json_string,
     "literal": _literal,
     "enum": _enum,
+}
+
+# What each kind of schema may say and polars can judge, or need not: whatever else it says is pydantic's to judge.
+_SILENT = {"type", "ref", "metadata", "serialization", "strict", "fail_fast", "microseconds_precision", "coerce_numbers_to_str"}
+_SIZED = {"items_schema", "keys_schema", "values_schema", "variadic_item_index", "min_length", "max_length"}
+_SAYS: dict[str, set[str]] = {
+    "int": {*BOUNDS, "multiple_of"},
+    "float": {*BOUNDS, "multiple_of", "allow_inf_nan"},
+    "bool": set(),
+    "str": {"min_length", "max_length", "pattern", "strip_whitespace", "to_lower", "to_upper", "regex_engine"},
+    "bytes": {"min_length", "max_length"},
+    "date": {*BOUNDS, "now_op", "now_utc_offset"},
+    "datetime": {*BOUNDS, "now_op", "now_utc_offset", "tz_constraint"},
+    "timedelta": set(BOUNDS),
+    "decimal": {*BOUNDS, "multiple_of", "max_digits", "decimal_places", "allow_inf_nan"},
+    "uuid": {"version"},
+    "literal": {"expected"},
+    "enum": {"cls", "members", "sub_type", "missing"},
+    "list": _SIZED,
+    "tuple": _SIZED,
+    "set": _SIZED,
+    "frozenset": _SIZED,
+    "dict": _SIZED,
 }
 
 
@@ -426,16 +688,13 @@ def _admitting(node: Type, scope: _Scope) -> Type:
             scope.refuse(f"the bounds admit nothing ({spelled(constraints)})", "swap or widen them")
         if any(isinstance(constraints.get(b), float) and math.isnan(constraints[b]) for b in BOUNDS):
             scope.refuse("a bound that is NaN admits nothing", "use a number")
-        if node.name == "int" and ((lower is not None and lower >= 2**63) or (upper is not None and upper < -(2**63))):
+        if node.name == "timedelta":
+            lower, upper = (None if bound is None else bound // values.MICROSECOND for bound in (lower, upper))
+        if node.dtype == pl.Int64() and ((lower is not None and lower >= 2**63) or (upper is not None and upper < -(2**63))):
             scope.refuse(f"the bounds admit nothing that fits 64 bits ({spelled(constraints)})", "widen them, or use str")
     if constraints.get("min_length", 0) > constraints.get("max_length", math.inf):
         scope.refuse(f"the lengths admit nothing ({spelled(constraints)})", "swap or widen them")
     return node
-
-
-def fits_64_bits(value: int) -> bool:
-    """Whether an Int64 column holds the number."""
-    return -(2**63) <= value < 2**63
 
 
 def dtype_text(dtype: Any) -> str:
@@ -465,133 +724,3 @@ def spell(name: str, value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
     return f"{'in the' if name == 'now_op' else name} {value}"
-
-
-# --- from Python's values to the column's ----------------------------------------------------------------------------------------------
-# polars casts in silence where it builds a column (Decimal("1.005") to 1.00, 2.5 to 2 inside a struct, naive to UTC, True to 1), so each
-# value's type is looked at here. What does not fit raises TypeError or ValueError; the text never shows the value.
-
-
-def _encode_exactly(kind: type) -> Callable[[Any], Any]:
-    def encode(value: Any) -> Any:
-        if type(value) is kind:
-            return value
-        if isinstance(value, kind):
-            return kind(value)
-        raise TypeError(f"is {_kind(value)}, not {kind.__name__}")
-
-    encode.plain = frozenset({kind})  # type: ignore[attr-defined]
-    return encode
-
-
-def _encode_int(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"is {_kind(value)}, not int")
-    if not fits_64_bits(value):
-        raise ValueError("does not fit 64 bits")
-    return int(value)
-
-
-def _encode_float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"is {_kind(value)}, not float")
-    return float(value)
-
-
-_encode_float.plain = frozenset({float})  # type: ignore[attr-defined]
-
-
-def _encode_date(value: Any) -> dt.date:
-    if not isinstance(value, dt.date) or isinstance(value, dt.datetime):
-        raise TypeError(f"is {_kind(value)}, not date")
-    return value
-
-
-def _encode_aware(value: Any) -> dt.datetime:
-    if not isinstance(value, dt.datetime):
-        raise TypeError(f"is {_kind(value)}, not datetime")
-    if value.utcoffset() is None:
-        raise ValueError("is a datetime without a time zone (annotate NaiveDatetime if that is meant)")
-    return value.astimezone(dt.timezone.utc)
-
-
-def _encode_naive(value: Any) -> dt.datetime:
-    if not isinstance(value, dt.datetime):
-        raise TypeError(f"is {_kind(value)}, not datetime")
-    if value.tzinfo is not None:
-        raise ValueError("is a datetime with a time zone (annotate AwareDatetime if that is meant)")
-    return value
-
-
-def _encode_decimal(scale: int) -> Callable[[Any], Any]:
-    def encode(value: Any) -> decimal.Decimal:
-        if not isinstance(value, decimal.Decimal):
-            raise TypeError(f"is {_kind(value)}, not Decimal")
-        if not value.is_finite() or not _has_scale(value if not value else _normal(value), scale):
-            raise ValueError(f"does not fit a decimal of 38 digits, {scale} of them after the point")
-        return value
-
-    return encode
-
-
-def _normal(value: decimal.Decimal) -> decimal.Decimal:
-    # Decimal.normalize() would round to the context's precision of 28 digits.
-    sign, digits, exponent = value.as_tuple()
-    while len(digits) > 1 and digits[-1] == 0:
-        digits, exponent = digits[:-1], int(exponent) + 1
-    return decimal.Decimal((sign, digits, int(exponent)))
-
-
-def _encode_uuid(value: Any) -> str:
-    if not isinstance(value, uuid.UUID):
-        raise TypeError(f"is {_kind(value)}, not UUID")
-    return str(value)
-
-
-def _encode_member(kind: type) -> Callable[[Any], Any]:
-    def encode(value: Any) -> Any:
-        plain = value.value if isinstance(value, enum.Enum) else value
-        if plain is not None and type(plain) is not kind:
-            raise TypeError(f"is {_kind(value)}, not {kind.__name__}")
-        return plain
-
-    return encode
-
-
-def _encode_model(model: type[BaseModel], fields: tuple[Field, ...]) -> Callable[[Any], Any]:
-    def encode(value: Any) -> dict[str, Any]:
-        if not isinstance(value, model):
-            raise TypeError(f"is {_kind(value)}, not {model.__name__}")
-        return {f.name: encoded(getattr(value, f.name, None), f.type) for f in fields}
-
-    return encode
-
-
-def _encode_list(item: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def encode(value: Any) -> list[Any]:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"is {_kind(value)}, not list")
-        return [None if v is None else item(v) for v in value]
-
-    return encode
-
-
-def _encode_first(encoders: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    def encode(value: Any) -> Any:
-        for each in encoders:
-            try:
-                return each(value)
-            except (TypeError, ValueError):
-                continue
-        raise TypeError(f"is {_kind(value)}, which is none of the types of its union")
-
-    return encode
-
-
-def encoded(value: Any, node: Type) -> Any:
-    """The column's value of a Python value; None stays None (that it may be is a rule, not a type). Raises TypeError or ValueError."""
-    return None if value is None else node.encode(value)
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
