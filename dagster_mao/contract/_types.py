@@ -88,6 +88,7 @@ class _Scope:
     config: Mapping[str, Any]
     seen: frozenset[str] = frozenset()
     annotation: Any = None  # what the user wrote there, where that is known; of use where the schema says nothing
+    branched: bool = False  # in one of several schemas for the same thing, which alone does not say what pydantic takes
 
     def at(self, path: str, annotation: Any = None) -> _Scope:
         return replace(self, path=f"{self.path}.{path}" if self.path else path, annotation=annotation)
@@ -127,7 +128,8 @@ def is_personal(annotation: Any, *, deep: bool = False, seen: frozenset[Any] = f
     """Whether `Personal`, or a secret, is anywhere in the annotation, inside Optional, list and Annotated too; `deep`: in models too."""
     if annotation is Personal or Personal in getattr(annotation, "__metadata__", ()):
         return True
-    if isinstance(annotation, type) and issubclass(get_origin(annotation) or annotation, (SecretStr, SecretBytes, Secret)):
+    kind = get_origin(annotation) or annotation
+    if isinstance(kind, type) and issubclass(kind, (SecretStr, SecretBytes, Secret)):
         return True
     inner: list[Any] = [*get_args(annotation), getattr(annotation, "__value__", None)]
     if isinstance(annotation, type) and annotation not in seen:
@@ -244,7 +246,9 @@ def _branch(name: str) -> Callable[[Mapping[str, Any], _Scope], Type]:
     """Where pydantic has a schema for Python and one for JSON, or one for each strictness: the column is of the one that is plain data."""
 
     def compile_branch(schema: Mapping[str, Any], scope: _Scope) -> Type:
-        inner = _compile(schema[name] if name != "steps" else schema["steps"][0], scope)
+        inner = _compile(schema[name] if name != "steps" else schema["steps"][0], replace(scope, branched=True))
+        if scope.branched:
+            return replace(inner, exact=False)
         return replace(inner, exact=False, encode=values.faithful(inner.encode, inner.decode, scope.judge(schema)))
 
     return compile_branch
@@ -306,9 +310,9 @@ def _model(schema: Mapping[str, Any], scope: _Scope) -> Type:
     model, config = schema["cls"], schema.get("config", {})
     definitions = {**scope.definitions, **definitions_of(given)}
     inside = replace(scope, config=config, definitions=definitions)
-    exact, modes = not has_model_validators(schema), modes_of(given, definitions)
     if schema.get("root_model"):
         return _root(schema, replace(inside, annotation=model.model_fields["root"].annotation))
+    exact, modes = not has_model_validators(schema), modes_of(given, definitions)
     body = schema["schema"]
     while body["type"] != "model-fields":
         body = body["schema"]
@@ -426,7 +430,8 @@ def _tuple(schema: Mapping[str, Any], scope: _Scope) -> Type:
     """A list, if its items are of one kind; of different ones, JSON text."""
     items = schema["items_schema"]
     if schema.get("variadic_item_index") == 0 and len(items) == 1:
-        return _list({**schema, "items_schema": items[0]}, scope)
+        node = _list({**schema, "items_schema": items[0]}, scope)
+        return _json(schema, scope, item=node.item) if node.json else node
     if "variadic_item_index" in schema or not items or any(item != items[0] for item in items) or items[0]["type"] == "default":
         return _json(schema, scope)
     node = _list({"type": "list", "items_schema": items[0], "min_length": len(items), "max_length": len(items)}, scope)
@@ -578,7 +583,7 @@ def _one_of(members: Iterable[Any], schema: Mapping[str, Any], scope: _Scope) ->
     given = [m.value if isinstance(m, enum.Enum) else m for m in members]
     nullable, options = None in given, [v for v in given if v is not None]
     kinds: set[type] = {type(v) for v in options}
-    dtypes: dict[type, pl.DataType] = {str: pl.String(), int: pl.Int64(), bool: pl.Boolean()}
+    dtypes: dict[type, pl.DataType] = {str: pl.String(), int: pl.Int64(), bool: pl.Boolean(), bytes: pl.Binary()}
     if len(kinds) != 1 or not kinds <= dtypes.keys():
         return replace(_json(schema, scope), name="enum", nullable=nullable)
     kind = kinds.pop()
