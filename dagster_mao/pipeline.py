@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 
 from dagster_mao.agent import NAME, Agent, Input, Shape
-from dagster_mao.contract import Contract, compare
+from dagster_mao.contract import Contract, compare, unmarked_personal
 from dagster_mao.errors import MaoError, WiringError
+from dagster_mao.state import QUARANTINE_SUFFIX
 
 
 class ExternalEntry(Agent):
@@ -83,6 +84,7 @@ class Pipeline:
         self.entry: Agent = entry if isinstance(entry, Agent) else self._external(entry, given)
         self.entry_name = self.entry.name
         self._declared = self._by_name([self.entry, *(a for a in given if a is not self.entry)])
+        self._check_quarantines()
         self._check_sources()
         self.agents: dict[str, Agent] = {a: self._declared[a] for a in self._sorted()}
         for reader in self.agents.values():
@@ -161,6 +163,11 @@ class Pipeline:
                 )
         return first.contract
 
+    def _check_quarantines(self) -> None:
+        for one in self._declared.values():
+            if one.quarantine is not None and (name := f"{one.name}{QUARANTINE_SUFFIX}") in self._declared:
+                self._wrong(f"its agent {name!r} has the name of the quarantine of {one.name!r}", name, "name", "give it another name=")
+
     def _check_sources(self) -> None:
         names = set(self._declared)
         if not self.entry.is_entry:
@@ -214,6 +221,14 @@ class Pipeline:
                     self._wrong(what, reader.name, difference.field, fix)
             if producer.key != read.contract.key:
                 self._refuse_key(reader, read, producer)
+            self._check_personal(reader, read, producer)
+
+    def _check_personal(self, reader: Agent, read: Input, producer: Contract[Any]) -> None:
+        """A personal field stays one: what its reader did not mark would be shown by the reader's checks."""
+        unmarked = unmarked_personal(producer.describe(), read.contract.describe())
+        if unmarked:
+            what = f"agent {reader.name!r} reads {unmarked[0]!r} of {read.upstream!r}, which is personal, as if it were not"
+            self._wrong(what, reader.name, unmarked[0], f"annotate it in {read.contract.name} with mao.Personal, or do not read it")
 
     def _refuse_key(self, reader: Agent, read: Input, producer: Contract[Any]) -> NoReturn:
         what = f"agent {reader.name!r} reads {read.upstream!r} by the key {read.contract.key!r}, which promises {producer.key!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -281,8 +282,29 @@ def test_an_exception_names_the_record_and_not_its_values() -> None:
 
     with pytest.raises(AgentFailedError, match="ValueError on record '0'") as caught:
         run(only(failing))
-    assert SECRET not in str(caught.value)
-    assert isinstance(caught.value.__cause__, ValueError)
+    told = "".join(traceback.format_exception(caught.value))
+    assert SECRET not in told
+    assert "raise ValueError(applications.name)" in told  # where it happened is still said
+
+
+def test_an_exception_of_an_agent_without_personal_data_keeps_its_text() -> None:
+    @mao.agent
+    def failing(score: Score) -> Decision:
+        raise ValueError("the bureau is closed")
+
+    with pytest.raises(AgentFailedError, match="ValueError on record '0'") as caught:
+        run(only(score, failing))
+    assert str(caught.value.__cause__) == "the bureau is closed"
+
+
+def test_a_frame_that_polars_cannot_evaluate_does_not_show_its_values() -> None:
+    @mao.agent
+    def failing(applications: mao.LazyFrame[Application]) -> mao.LazyFrame[Score]:
+        return applications.select("application_id", score=pl.col("name").cast(pl.Float64))
+
+    with pytest.raises(AgentFailedError, match="InvalidOperationError") as caught:
+        run(only(failing))
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_personal_key_is_not_named() -> None:

@@ -464,3 +464,31 @@ import {module}
 print(sorted({{"dagster", "deltalake", "obstore"}} & set(sys.modules)))
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_reader_that_forgets_that_a_field_is_personal() -> None:
+    class Contact(BaseModel):
+        phone: Annotated[str, mao.Personal]
+
+    class Person(BaseModel):
+        person_id: Annotated[str, mao.Key]
+        contacts: list[Contact]
+
+    class Bare(BaseModel):
+        phone: str
+
+    class Careless(BaseModel):
+        person_id: Annotated[str, mao.Key]
+        contacts: list[Bare]
+
+    @mao.agent
+    def people() -> list[Person]:
+        return []
+
+    @mao.agent
+    def calls(people: Careless) -> Careless:
+        return people
+
+    with pytest.raises(mao.WiringError, match=r"'contacts\[\].phone' of 'people', which is personal") as caught:
+        mao.Pipeline("phones", entry=people, agents=[calls])
+    assert (caught.value.agent, caught.value.field) == ("calls", "contacts[].phone")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dagster_mao.agent import Agent, AgentContext, Input, Shape
 from dagster_mao.boundary._aside import Aside
+from dagster_mao.contract import has_personal
 from dagster_mao.errors import AgentFailedError, MaoError
 
 CHUNK_RECORDS = 10_000  # models alive at a time in a record-wise agent
@@ -45,7 +46,7 @@ class Call:
         except MaoError:
             raise
         except Exception as error:
-            raise failed(self._agent.name, error) from error
+            raise failed(self._agent, error) from cause(self._agent, error)
 
     def _whole(self, values: Mapping[str, Any]) -> Any:
         try:
@@ -54,7 +55,7 @@ class Call:
         except MaoError:
             raise
         except Exception as error:
-            raise failed(self._agent.name, error) from error
+            raise failed(self._agent, error) from cause(self._agent, error)
 
     def _one(self, values: Mapping[str, Any]) -> Any:
         try:
@@ -70,7 +71,7 @@ class Call:
         if self._aside is not None and isinstance(error, ValidationError) and error.title == _title(contract.model):
             self._aside.add_unmade(contract, key, error)
             return _UNMADE
-        raise failed(self._agent.name, error, self._name(values)) from error
+        raise failed(self._agent, error, self._name(values)) from cause(self._agent, error)
 
     def _expect(self, result: Any, kind: Any) -> Any:
         if not isinstance(result, kind):
@@ -123,11 +124,23 @@ def _title(model: type[BaseModel]) -> str:
     return model.model_config.get("title") or model.__name__
 
 
-def failed(agent: str, error: BaseException, record: str = "") -> AgentFailedError:
-    # The text of the error is the agent's own and may hold personal data: it stays in the chained cause.
+def failed(agent: Agent, error: BaseException, record: str = "") -> AgentFailedError:
+    """What becomes of an error of the agent's own: `raise failed(agent, error) from cause(agent, error)`."""
     return AgentFailedError(
-        f"execute raised {type(error).__name__}{record}", agent=agent, fix="see the cause in the step's log; the batch was not sealed"
+        f"execute raised {type(error).__name__}{record}", agent=agent.name, fix="see the cause in the step's log; the batch was not sealed"
     )
+
+
+def cause(agent: Agent, error: BaseException) -> BaseException:
+    """The error as it may be chained.
+
+    Its text may hold the values at hand. So where a contract of the agent has personal fields, only type and traceback are kept.
+    """
+    contracts = [agent.output, *(i.contract for i in agent.inputs)]
+    if not any(has_personal(contract.describe()) for contract in contracts):
+        return error
+    told = f"{type(error).__name__} (its text is withheld: the agent handles personal data)"
+    return RuntimeError(told).with_traceback(error.__traceback__)
 
 
 def _finished(awaitable: Any) -> Any:

@@ -16,10 +16,10 @@ from pydantic import BaseModel
 
 from dagster_mao.agent import Agent, Input
 from dagster_mao.boundary._aside import INPUT_SIDE, OUTPUT_SIDE, Aside
-from dagster_mao.boundary._call import CHUNK_RECORDS, failed
+from dagster_mao.boundary._call import CHUNK_RECORDS, cause, failed
 from dagster_mao.boundary._checks import OUTPUT, PINNED_BASE, Check, Severity, input_check, judged, refusal, with_failures
 from dagster_mao.boundary._expect import expected
-from dagster_mao.contract import Contract, RuleFailure, Verdict, compare
+from dagster_mao.contract import Contract, RuleFailure, Verdict
 from dagster_mao.errors import (
     AgentFailedError,
     FencedError,
@@ -100,8 +100,7 @@ class Step:
 
     def _held(self, wanted: Input, seal: Seal) -> pl.LazyFrame:
         """One upstream's rows, held to the consumer's contract."""
-        self._require_compatible(wanted, seal)
-        contract, rows = wanted.contract, wanted.contract.select(self._store.read(seal))
+        contract, rows = wanted.contract, self._upgraded(wanted, seal)
         # The producer's check of the very same contract on the very same bytes is in the seal.
         proven = seal.contract_hash == contract.hash
         if proven:
@@ -116,16 +115,16 @@ class Step:
         self._judge(input_check(wanted.upstream), contract, verdict, failures, reads=seal.reference, proven=proven)
         return rows
 
-    def _require_compatible(self, wanted: Input, seal: Seal) -> None:
-        found = [d for d in compare(json.loads(seal.contract_schema), wanted.contract.describe()) if d.kind == "contradiction"]
-        if not found:
-            return
-        what = f"{seal.reference} was sealed under {seal.contract}, which {wanted.contract.name} contradicts: {found[0].detail}"
-        check = input_check(wanted.upstream)
-        self._checks[check] = Check(check, False, what, {"contract": wanted.contract.name, "reads": seal.reference})
-        raise IncompatibleContractError(
-            what, field=found[0].field, fix=f"materialise {seal.agent} again under the new contract, or mend {wanted.contract.name}"
-        )
+    def _upgraded(self, wanted: Input, seal: Seal) -> pl.LazyFrame:
+        """The rows as rows of the consumer's contract, which may be younger than the one they were sealed under."""
+        try:
+            return wanted.contract.upgrade(self._store.read(seal), json.loads(seal.contract_schema))
+        except IncompatibleContractError as error:
+            error.what = f"{seal.reference}: {error.what}"
+            error.fix = f"materialise {seal.agent} again under the new contract, or {error.fix}"
+            check = input_check(wanted.upstream)
+            self._checks[check] = Check(check, False, error.what, {"contract": wanted.contract.name, "reads": seal.reference})
+            raise
 
     def _align(self, frames: Mapping[str, pl.LazyFrame]) -> None:
         """Every keyed upstream must have the same records; one that may lack some (`| None`) must still know no others."""
@@ -171,7 +170,7 @@ class Step:
         try:
             schema = frame.collect_schema()
         except pl.exceptions.PolarsError as error:
-            raise failed(self._agent.name, error) from error
+            raise failed(self._agent, error) from cause(self._agent, error)
         failures = self._output.check(pl.DataFrame(schema=schema), exact=True).failures
         if failures:
             self._judge(OUTPUT, self._output, Verdict(self._output.name, 0, 0, failures), failures)
@@ -201,14 +200,14 @@ class Step:
         """Holds the batch to the output contract and makes it a version, with what was set aside beside it."""
         contract = self._output
         with ExitStack() as files:
-            batch = files.enter_context(_sunk(self._store, self._agent.name, frame))
+            batch = files.enter_context(_sunk(self._store, self._agent, frame))
             rows, kept = self._judge_output(batch.scan(), read)
             self._refuse_if_failed()
             if not self._agent.inputs:
                 self._came_in = rows + self._quarantined()
             self._limit_share()
             if kept is not None:
-                batch = files.enter_context(_sunk(self._store, self._agent.name, kept))
+                batch = files.enter_context(_sunk(self._store, self._agent, kept))
             self._expect(batch, rows)
             sealed, reused = self._attempt.seal(
                 self._agent.name,
@@ -317,7 +316,7 @@ def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def _sunk(store: StateStore, agent: str, frame: pl.LazyFrame) -> Iterator[Any]:
+def _sunk(store: StateStore, agent: Agent, frame: pl.LazyFrame) -> Iterator[Any]:
     # Only what evaluating the agent's own expressions raises is the agent's failure; the disk's comes as a StoreError.
     context = staged(store.objects, frame)
     try:
@@ -325,7 +324,7 @@ def _sunk(store: StateStore, agent: str, frame: pl.LazyFrame) -> Iterator[Any]:
     except MaoError:
         raise
     except Exception as error:
-        raise failed(agent, error) from error
+        raise failed(agent, error) from cause(agent, error)
     try:
         yield batch
     finally:

@@ -5,7 +5,7 @@ from dagster_mao.contract._compare import Difference, compare
 from dagster_mao.contract._contract import Contract
 from dagster_mao.contract._evolve import Change, evolution
 from dagster_mao.contract._markers import DataFrame, Key, LazyFrame, Personal
-from dagster_mao.contract._masking import MASK, by_name, hide
+from dagster_mao.contract._masking import MASK, by_name, has_personal, hide, unmarked_personal
 from dagster_mao.contract._verdict import Refused, RuleFailure, Sifted, Verdict
 
 __all__ = [
@@ -26,5 +26,7 @@ __all__ = [
     "columns",
     "compare",
     "evolution",
+    "has_personal",
     "hide",
+    "unmarked_personal",
 ]

@@ -24,3 +24,28 @@ def hide(field: Mapping[str, Any] | None, value: Any) -> Any:
 def by_name(described: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The fields of a description by name."""
     return {field["name"]: field for field in described.get("fields") or ()}
+
+
+def has_personal(described: Mapping[str, Any]) -> bool:
+    """Whether anything in a description (of a contract, of a field) is personal, at any depth."""
+    return bool(described.get("personal")) or any(has_personal(part) for part in _parts(described).values())
+
+
+def unmarked_personal(producer: Mapping[str, Any], consumer: Mapping[str, Any], path: str = "") -> list[str]:
+    """Where the consumer reads what the producer marks personal, and does not mark it: paths as in `contact.phone`, `lines[].name`."""
+    if consumer.get("personal"):
+        return []
+    if producer.get("personal"):
+        return [path]
+    theirs, ours = _parts(producer), _parts(consumer)
+    return [found for name in ours if name in theirs for found in unmarked_personal(theirs[name], ours[name], _joined(path, name))]
+
+
+def _parts(described: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a description holds: fields by name, and what a list or a mapping is made of."""
+    inner = {f"[{name}]": described[name] for name in ("items", "values") if isinstance(described.get(name), Mapping)}
+    return {**by_name(described), **inner}
+
+
+def _joined(path: str, name: str) -> str:
+    return name if not path else path + ("[]" if name.startswith("[") else f".{name}")

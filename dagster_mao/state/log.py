@@ -243,7 +243,7 @@ class StateLog:
         except CommitFailedError:
             logger.debug("another process compacts the state log")
         except (DeltaError, MaoError, *_UNREADABLE) as error:
-            logger.warning("housekeeping of the state log was put off: %s", error)  # the next seal's turn
+            logger.warning("housekeeping of the state log was put off: %s", str(error).splitlines()[0])  # the next seal's turn
 
     def _compact(self, table: DeltaTable) -> None:
         """Merges files of one tier into one of the next, as a transaction of its own: of two compactions at once, one loses.
