@@ -14,6 +14,7 @@ from rich.text import Text
 from dagster_mao.cli._app import Json, Root, Storage, app
 from dagster_mao.cli._print import cell, grid, misused, moment, plain, print_json, print_rows, sheet, short, terminal
 from dagster_mao.cli._where import open_store
+from dagster_mao.cli.contract import export, print_changes, show_changes, show_contracts
 from dagster_mao.errors import UnknownVersionError
 from dagster_mao.review.diff import Difference, diff
 from dagster_mao.review.history import facts, history, known, parse_reference, records, resolve, with_record
@@ -52,16 +53,33 @@ def show_command(
     record: Annotated[str | None, typer.Option(metavar="KEY", help="Show the record with this key.", show_default=False)] = None,
     agent: Annotated[str | None, typer.Option(metavar="NAME", help="Show only this agent's version.", show_default=False)] = None,
     rows: Annotated[int, typer.Option(min=0, help="Records of a version to show.")] = 3,
+    contract: Annotated[bool, typer.Option("--contract", help="Show the contract instead of the records: fields, rules, readers.")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="B@M", help="With --contract: what changed since this version's. Exits with 1 if it breaks.", show_default=False
+        ),
+    ] = None,
+    odcs: Annotated[bool, typer.Option("--odcs", help="With --contract: as YAML of the Open Data Contract Standard.")] = False,
     json_: Json = False,
     root: Root = None,
     storage_option: Storage = None,
 ) -> None:
-    """Show a workflow's effective state, one version, or one record through all agents; personal fields masked."""
+    """Show a workflow's effective state, one version, one record through all agents, or a contract; personal fields masked."""
+    if not contract and (against or odcs):
+        misused("--against and --odcs go with --contract")
+    if contract and record is not None:
+        misused("--contract shows no --record")
+    if odcs and (against or json_):
+        misused("--odcs goes with neither --against nor --json")
+    earlier = _versioned(against) if against else None
     store = open_store(root, storage_option)
     workflow, version = resolve(store, reference)
     seals = _chosen(store, workflow, version, agent)
     whole = version is None and agent is None
-    if record is not None:
+    if contract:
+        _show_contract(store, workflow, seals, earlier, whole=whole, as_json=json_, as_odcs=odcs)
+    elif record is not None:
         _show_records(workflow, with_record(store, seals, record), whole=whole, as_json=json_)
     elif whole:
         _show_effective(store, workflow, seals, as_json=json_)
@@ -112,6 +130,19 @@ def _chosen(store: StateStore, workflow: str, version: int | None, agent: str | 
     return sorted(state.values(), key=lambda seal: seal.version)
 
 
+def _show_contract(
+    store: StateStore, workflow: str, seals: Sequence[Seal], earlier: tuple[str, int] | None, *, whole: bool, as_json: bool, as_odcs: bool
+) -> None:
+    if earlier is not None:
+        if len(seals) != 1:
+            misused("--against compares one contract: name a version, WORKFLOW@N, or an --agent")
+        show_changes(_sealed(store, *earlier), seals[0], as_json=as_json)
+    elif as_odcs:
+        export(seals)
+    else:
+        show_contracts(seals, store.seals(workflow), whole=whole, as_json=as_json)
+
+
 def _versioned(text: str) -> tuple[str, int]:
     workflow, version = parse_reference(text)
     if version is None:
@@ -142,6 +173,7 @@ def _difference_as_json(found: Difference) -> dict[str, Any]:
         "right": facts(found.right),
         **rest,
         "columns": dict(found.columns),
+        "contract": [dataclasses.asdict(change) for change in found.contract],
         "records": [dataclasses.asdict(record) for record in found.records],
     }
 
@@ -235,6 +267,8 @@ def _print_difference(found: Difference) -> None:
         for name, (before, after) in found.circumstances.items():
             table.add_row(cell(name), cell(short(before)), cell(short(after)))
         console.print(table)
+        console.print()
+    if print_changes(console, found.contract):
         console.print()
     for name, change in found.columns:
         console.print(Text(plain(f"field {name}: {change if change != 'changed' else 'another type'}")))

@@ -1,11 +1,12 @@
 """Contracts: plain pydantic models, compiled into column types and vectorised rules. No Dagster, no Delta in this room."""
 
-from dagster_mao.contract._columns import Column, columns
+from dagster_mao.contract._columns import Column, Line, columns, lines
 from dagster_mao.contract._compare import Difference, compare
 from dagster_mao.contract._contract import Contract
 from dagster_mao.contract._evolve import Change, evolution
 from dagster_mao.contract._markers import DataFrame, Key, LazyFrame, Personal
 from dagster_mao.contract._masking import MASK, by_name, has_personal, hide, unmarked_personal
+from dagster_mao.contract._types import spell
 from dagster_mao.contract._verdict import Refused, RuleFailure, Sifted, Verdict
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Difference",
     "Key",
     "LazyFrame",
+    "Line",
     "Personal",
     "Refused",
     "RuleFailure",
@@ -28,5 +30,7 @@ __all__ = [
     "evolution",
     "has_personal",
     "hide",
+    "lines",
+    "spell",
     "unmarked_personal",
 ]

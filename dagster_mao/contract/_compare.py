@@ -152,9 +152,7 @@ def _spoken(node: Mapping[str, Any]) -> bool:
     """Whether type and constraints say all there is to it, so that equal words are equal demands."""
     if node["constraints"].get("now_op") == "future":
         return False  # what was in the future then may not be now
-    return not node["validators"] or (
-        not node.get("modes") and (bool(_OPAQUE & node["constraints"].keys()) or node["type"] in {"date", "datetime", "decimal"})
-    )
+    return not node["validators"] or (not node.get("modes") and (bool(_OPAQUE & node["constraints"].keys()) or node["type"] in _TOLD))
 
 
 def unknown(promised: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -165,7 +163,7 @@ def unknown(promised: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
 
 def _compare_values(promised: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[Found]:
     ours, theirs, kind = _readable(promised), _readable(wanted), wanted["type"]
-    known = {promised["type"], kind} <= _PLAIN | _SPECIAL
+    known = {promised["type"], kind} <= _PLAIN | _SPECIAL and not (ours and _unclear(promised))
     if not known or unknown(promised, wanted) or _TRIMS & (ours.keys() | theirs.keys()):
         if theirs or wanted["validators"] or kind != promised["type"] or unknown(promised, wanted):
             yield "unproven", f"{_words(wanted)}; the producer promises {_words(promised)}"
@@ -179,6 +177,11 @@ def _compare_values(promised: Mapping[str, Any], wanted: Mapping[str, Any]) -> I
         yield "unproven", "the consumer validates it with pydantic" + (f" ({spelled(theirs)})" if theirs else "")
     elif kind != promised["type"] and "one_of" not in theirs and kind not in _PLAIN:
         yield "stricter", f"must be a {kind}, which the producer's {promised['type']} need not be"
+
+
+def _unclear(node: Mapping[str, Any]) -> bool:
+    """Judged by pydantic for a reason that is not told, so that its constraints may be about something else than the column's value."""
+    return bool(node["validators"] and not node.get("modes") and not _spoken(node))
 
 
 def _words(node: Mapping[str, Any]) -> str:
@@ -237,10 +240,11 @@ def _judge_value(value: Any, node: Mapping[str, Any]) -> Kind | None:
 _OPAQUE = {"now_op", "multiple_of", "strip_whitespace", "to_lower", "to_upper", "max_digits", "version", "pattern"}
 _TRIMS = {"strip_whitespace", "to_lower", "to_upper"}
 _REWRITING = {"before", "wrap", "plain"}
-_SPECIAL = {"enum", "uuid", "url"}
+_SPECIAL = {"enum", "uuid", "url", "set", "dict", "time", "timedelta"}
+_TOLD = {"date", "datetime", "decimal", "time", "timedelta"}  # by their constraints, whoever judges them
 _JUDGING = {"type", "dtype", "nullable", "constraints", "validators", "modes", "fields", "items"}
 _KNOWN = _JUDGING | {"name", "personal", "description", "default"}
-_PLAIN = {"str", "int", "float", "bool", "bytes", "date", "datetime", "decimal", "model", "list"}
+_PLAIN = {"str", "int", "float", "bool", "bytes", "date", "datetime", "decimal", "model", "list", "entry"}
 
 Check = Callable[[dict[str, Any], dict[str, Any], "list[Any] | None", str], "Found | None"]
 
@@ -248,7 +252,7 @@ Check = Callable[[dict[str, Any], dict[str, Any], "list[Any] | None", str], "Fou
 def _check_bounds(ours: dict[str, Any], theirs: dict[str, Any], members: list[Any] | None, kind: str) -> Found | None:
     if not any(b in theirs for b in BOUNDS):
         return None
-    whole = kind == "int"
+    whole = kind in {"int", "timedelta"}
     lower, below, upper, above = interval(theirs, whole=whole)
     if members is not None:
         return _of_members(members, lambda v: _inside(v, lower, below, upper, above), spelled(_only(theirs, BOUNDS)))
@@ -364,4 +368,5 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "date": dt.date.fromisoformat,
     "datetime": lambda text: dt.datetime.fromisoformat(text.replace("Z", "+00:00")),  # before Python 3.11 it knew no Z
     "decimal": decimal.Decimal,
+    "time": dt.time.fromisoformat,
 }

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import polars as pl
 
+from dagster_mao.contract import Change as ContractChange
 from dagster_mao.errors import MaoError
+from dagster_mao.review.contract import contract_changes
 from dagster_mao.review.masking import MASK, fields_of, hide, is_personal
 from dagster_mao.state.seal import Seal
 from dagster_mao.state.store import StateStore
@@ -47,7 +49,10 @@ class RecordDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """From `left` to `right`. The counts are of all records; `records` are the first of those that differ, by key."""
+    """From `left` to `right`. The counts are of all records; `records` are the first of those that differ, by key.
+
+    `contract` is what changed in the agent's contract; two agents' contracts are not versions of each other, and it is empty.
+    """
 
     left: Seal
     right: Seal
@@ -59,6 +64,7 @@ class Difference:
     by_field: Mapping[str, int]
     columns: tuple[tuple[str, Change], ...]
     circumstances: Mapping[str, tuple[Any, Any]]
+    contract: tuple[ContractChange, ...]
     records: tuple[RecordDifference, ...]
 
     @property
@@ -96,6 +102,7 @@ def diff(store: StateStore, left: Seal, right: Seal, *, limit: int | None = None
         by_field={name: int(counts[f"d{i}"]) for i, name in enumerate(shared) if counts[f"d{i}"]},
         columns=_columns(schemas[0], schemas[1]),
         circumstances=_circumstances(left, right),
+        contract=contract_changes(left, right) if left.agent == right.agent else (),
         records=tuple(_record(row, key, shared, left, right) for row in rows.iter_rows(named=True)),
     )
 

@@ -60,7 +60,7 @@ class Spec:
         yield None
         if self.item is not None:
             items = list(self.item.values())
-            yield from ([value] * n for n in range(4) for value in (items if n else items[:1]))
+            yield from ([value] * n for n in range(5) for value in (items if n else items[:1]))
         elif self.members:
             yield from varied(self.members)
         else:
