@@ -26,6 +26,7 @@ _COLUMN_ARGUMENTS = ("column", "column_A", "column_B")
 # These ask a database, and the batch is a frame.
 _OF_DATABASES = {"unexpected_rows_expectation", "expect_query_results_to_match_comparison", "expect_table_row_count_to_equal_other_table"}
 _WORD = re.compile(r"[A-Za-z_]\w*")
+_COLUMN = re.compile(r"""col\(\s*["'](.+?)["']\s*\)""")
 # What GX's expressions know by themselves.
 _EXPRESSION_WORDS = {"sin", "cos", "tan", "exp", "abs", "trunc", "round", "sgn", "now", "datetime", "timedelta", "pi", "e", "PI", "E"}
 _TIMEDELTA_WORDS = {"weeks", "days", "hours", "minutes", "seconds", "year", "month", "day", "hour", "minute", "second"}
@@ -159,8 +160,8 @@ class Reader:
         if severity not in _SEVERITIES:
             self._wrong(f"the severity of {kind} is {severity!r}", fix="critical (blocks), warning or info (warn)")
         columns = tuple(self._columns(kind, arguments))
-        words = set(_WORD.findall(json.dumps(arguments.get("row_condition") or "", default=str)))
-        conditions = tuple(name for name, dtype in self.schema.items() if name in words and is_scalar(dtype))
+        named = set(_in_condition(arguments.get("row_condition")))
+        conditions = tuple(name for name, dtype in self.schema.items() if name in named and is_scalar(dtype))
         previous = tuple(self._previous(kind, arguments))
         looked_at = {*columns, *conditions, *(one.column for one in previous)}
         return Expectation(
@@ -250,6 +251,20 @@ def known_types() -> frozenset[str]:
     if found is None or not found.origin:
         return frozenset()
     return frozenset(file.stem for file in (Path(found.origin).parent / "expectations" / "core").glob("*expect*.py"))
+
+
+def _in_condition(condition: Any) -> Iterator[str]:
+    """Names of columns in a `row_condition`: a condition object as JSON, GX's notation (`col("score") > 1`), or a pandas query."""
+    if isinstance(condition, Mapping):
+        if isinstance(condition.get("column"), Mapping):
+            yield str(condition["column"].get("name"))
+        for name in ("conditions", "pass_through_filter"):
+            yield from _in_condition(condition.get(name))
+    elif isinstance(condition, (list, tuple)):
+        for one in condition:
+            yield from _in_condition(one)
+    elif isinstance(condition, str):
+        yield from _COLUMN.findall(condition) or _WORD.findall(condition)
 
 
 def _name(kind: str, columns: tuple[str, ...], meta: Mapping[str, Any]) -> str:

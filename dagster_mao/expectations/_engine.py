@@ -54,6 +54,7 @@ def judged(frame: Any, expectations: Sequence[Any], parameters: Mapping[str, Any
 def _context() -> Iterator[Any]:
     import great_expectations as gx
     from great_expectations.data_context.data_context.context_factory import project_manager
+    from great_expectations.data_context.types.base import DataContextConfig, InMemoryStoreBackendDefaults, ProgressBarsConfig
     from great_expectations.exceptions.exceptions import DataContextRequiredError
 
     try:
@@ -61,10 +62,11 @@ def _context() -> Iterator[Any]:
     except DataContextRequiredError:
         before = None
     try:
-        context = gx.get_context(mode="ephemeral")
-        context.enable_analytics(False)
-        context.variables.progress_bars = {"globally": False, "metric_calculations": False}  # type: ignore[assignment]
-        yield context
+        in_memory = InMemoryStoreBackendDefaults(init_temp_docs_sites=False)
+        config = DataContextConfig(
+            store_backend_defaults=in_memory, analytics_enabled=False, progress_bars=ProgressBarsConfig(globally=False)
+        )
+        yield gx.get_context(mode="ephemeral", project_config=config)
     finally:
         project_manager.set_project(before)
 
