@@ -137,12 +137,12 @@ def parents_table(parents: Iterable[Parent]) -> dg.TableMetadataValue:
 def of_check(check: Check) -> dict[str, Any]:
     """A check's metadata; its reasons and parents as tables that can be read in the UI."""
     told = {name: _plain(value) for name, value in check.metadata.items() if name not in ("reasons", "parents", REPORT)}
-    page = check.metadata.get(REPORT)
+    file = check.metadata.get(REPORT)
     reasons, parents = (check.metadata.get(name) for name in ("reasons", "parents"))
     return {
         **({"reasons": reasons_table(reasons)} if reasons else {}),
         **({"parents": parents_table(map(Parent.model_validate, parents))} if parents else {}),
-        **({REPORT: dg.MetadataValue.url(page) if "://" in page else dg.MetadataValue.path(page)} if page else {}),
+        **({REPORT: dg.MetadataValue.url(file) if "://" in file else dg.MetadataValue.path(file)} if file else {}),
         **told,
     }
 
