@@ -172,7 +172,7 @@ def _compare_values(promised: Mapping[str, Any], wanted: Mapping[str, Any]) -> I
         found = [f for check in _CHECKS if (f := check(ours, theirs, ours.get("one_of"), kind)) is not None]
     except TypeError:  # an instant and a wall clock's reading
         found = [("unproven", f"{spelled(theirs)}; the producer promises {spelled(ours)}")]
-    yield from _of_few(ours, theirs, found) if promised["type"] == kind == "int" else found
+    yield from _of_few(ours, theirs, found) if promised["type"] == "int" and kind in {"int", "enum"} else found
     if wanted["validators"] and not (_spoken(wanted) and all(_same(name, promised, wanted) for name in _OPAQUE & theirs.keys())):
         yield "unproven", "the consumer validates it with pydantic" + (f" ({spelled(theirs)})" if theirs else "")
     elif kind != promised["type"] and "one_of" not in theirs and kind not in _PLAIN:
@@ -257,6 +257,9 @@ def _check_bounds(ours: dict[str, Any], theirs: dict[str, Any], members: list[An
     if members is not None:
         return _of_members(members, lambda v: _inside(v, lower, below, upper, above), spelled(_only(theirs, BOUNDS)))
     our_lower, our_below, our_upper, our_above = interval(ours, whole=whole)
+    if whole and (step := ours.get("multiple_of")):
+        our_lower = None if our_lower is None else -(-our_lower // step) * step
+        our_upper = None if our_upper is None else our_upper // step * step
     words = f"{spelled(_only(theirs, BOUNDS))}; the producer promises {spelled(_only(ours, BOUNDS)) or 'no bound'}"
     if _apart(our_upper, our_above, lower, below) or _apart(upper, above, our_lower, our_below):
         return "contradiction", words

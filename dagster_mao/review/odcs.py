@@ -65,7 +65,8 @@ def _field(field: Mapping[str, Any], *, key: bool = False) -> dict[str, Any]:
     if field.get("description"):
         told["description"] = field["description"]
     if "default" in field and field["default"] != MASK:
-        told["customProperties"] = _custom(default=field["default"])
+        # As JSON text: null is a default too, and the standard's models leave out what is null.
+        told["customProperties"] = _custom(default=json.dumps(field["default"]))
     return told
 
 

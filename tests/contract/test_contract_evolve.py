@@ -17,7 +17,7 @@ from dagster_mao.contract import Contract, Key, Personal, evolution
 from dagster_mao.errors import IncompatibleContractError
 from tests.contract.pairs import Spec, contract_of, frame_of, pairs, valid, varied
 
-RELAXED = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+RELAXED = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 WRITERS, READERS, UNPROVEN, HARMLESS = "breaking for writers", "breaking for readers", "unproven", "harmless"
 
 
