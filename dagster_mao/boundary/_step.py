@@ -19,7 +19,7 @@ from dagster_mao.boundary._aside import INPUT_SIDE, OUTPUT_SIDE, Aside
 from dagster_mao.boundary._call import CHUNK_RECORDS, cause, failed
 from dagster_mao.boundary._checks import OUTPUT, PINNED_BASE, Check, Severity, input_check, judged, refusal, with_failures
 from dagster_mao.boundary._expect import expected
-from dagster_mao.contract import Contract, RuleFailure, Verdict
+from dagster_mao.contract import Contract, RuleFailure, Sifted, Verdict
 from dagster_mao.errors import (
     AgentFailedError,
     FencedError,
@@ -237,7 +237,7 @@ class Step:
         if self.aside is None:
             verdict = contract.check(batch, exact=True)
         else:
-            sifted = contract.sift(batch, exact=True)
+            sifted = self._without_doubled(contract.sift(batch, exact=True))
             verdict, kept = sifted.verdict, sifted.valid if sifted.broken.height else None
             self.aside.add_rows(OUTPUT_SIDE, None, contract, sifted.broken)
         self._judge(OUTPUT, contract, verdict, [*refused, *verdict.failures, *_one_record(contract, verdict.rows)])
@@ -250,6 +250,24 @@ class Step:
         """Holds what would be sealed to what the agent expects of it as a whole."""
         self._checks |= {check.name: check for check in expected(self._store, self._agent, self._attempt, batch, rows)}
         self._refuse_if_failed()
+
+    def _without_doubled(self, sifted: Sifted) -> Sifted:
+        """Without the rows under the key of a record that could be no row: a doubled key is doubled, however bad one of its records is."""
+        key, contract = str(self._output.key), self._output
+        if self.aside is None or not self.aside.keys:
+            return sifted
+        is_doubled = pl.col(key).cast(pl.String).is_in(pl.Series(sorted(self.aside.keys)).implode())
+        doubled = sifted.valid.filter(is_doubled).collect(engine="streaming")
+        if doubled.is_empty():
+            return sifted
+        rule = f"{key}: unique"
+        failure = _key_failure(rule, contract, doubled[key])
+        verdict = replace(
+            sifted.verdict, failed_rows=sifted.verdict.failed_rows + doubled.height, failures=(*sifted.verdict.failures, failure)
+        )
+        rows = pl.Series("_row", [None] * doubled.height, dtype=sifted.broken.schema["_row"])  # where it stood is not known any more
+        broken = doubled.with_columns(rows, pl.Series("_rules", [[rule]] * doubled.height, dtype=pl.List(pl.String)))
+        return Sifted(verdict, sifted.valid.filter(~is_doubled), pl.concat([sifted.broken, broken.select(sifted.broken.columns)]))
 
     def _require_conserved(self, given: pl.LazyFrame, made: pl.LazyFrame) -> None:
         """Exactly one record for every record that was read."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from dagster_mao.agent import Agent
 from dagster_mao.boundary import OUTPUT, PINNED_BASE, Check, Outcome, check_names, run_agent
 from dagster_mao.dagster.metadata import of_check, of_seal
+from dagster_mao.dagster.quarantine import data_version, of_quarantine, quarantine_key
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import AGENT_TAG, ENTRY_TAG, PIPELINE_TAG, only_partition, open_attempt
 from dagster_mao.dagster.translator import AgentTranslator
@@ -28,6 +29,7 @@ from dagster_mao.errors import (
     WiringError,
 )
 from dagster_mao.pipeline import ExternalEntry, Pipeline
+from dagster_mao.state import StateStore
 
 IO_MANAGER = "state_io_manager"
 """The resource key of the IO manager that loads agents' snapshots for plain assets."""
@@ -44,7 +46,7 @@ def build_assets(pipeline: Pipeline, *, translator: AgentTranslator | None = Non
 
 
 def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator | None = None) -> dg.AssetsDefinition:
-    """The asset of one agent, with its boundary checks; by the entry's name, of the entry.
+    """The asset of one agent, with its boundary checks; by the entry's name, of the entry. With a quarantine, two assets by one op.
 
     An existing asset as entry is loaded by its own IO manager, like any input of any asset, and sealed as the entry.
 
@@ -52,21 +54,23 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
     those that the agent takes as keyword-only parameters.
     """
     one = pipeline.node(agent)
-    key = dg.AssetKey([pipeline.name, agent])
-    spec = (translator or AgentTranslator()).get_asset_spec(one, pipeline)
-    if spec.key != key:
-        raise WiringError(
-            f"The translator gave the asset the key {spec.key.to_user_string()!r}", agent=agent, fix=f"leave it {key.to_user_string()!r}"
-        )
+    key, translator = dg.AssetKey([pipeline.name, agent]), translator or AgentTranslator()
+    spec = _named(translator.get_asset_spec(one, pipeline), key, agent)
     source = dg.AssetKey(one.asset_key) if isinstance(one, ExternalEntry) else None
     deps = [source] if source else [dg.AssetKey([pipeline.name, read.upstream]) for read in one.inputs]
+
+    specs = [spec.merge_attributes(deps=deps)]
+    if one.quarantine is not None:
+        aside = _named(translator.get_quarantine_spec(one, pipeline), quarantine_key(pipeline.name, agent), agent)
+        # Below its agent: whatever is selected downstream of the agent then has the whole op, which has no parts.
+        specs.append(aside.merge_attributes(deps=[key]))
 
     def materialize(context: dg.AssetExecutionContext, **inputs: Any) -> Iterator[Any]:
         yield from _materialize(context, pipeline, one, inputs.get(_RECORDS))
 
     wrap = dg.multi_asset(
         name=op_name(pipeline.name, agent),
-        specs=[spec.merge_attributes(deps=deps).with_io_manager_key(IO_MANAGER)],
+        specs=[one_of_them.with_io_manager_key(IO_MANAGER) for one_of_them in specs],
         ins={_RECORDS: dg.AssetIn(source)} if source else {},
         check_specs=boundary_check_specs(pipeline, agent),
         required_resource_keys={STATE_STORE, *one.resources},
@@ -75,6 +79,20 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
         op_tags={PIPELINE_TAG: pipeline.name, AGENT_TAG: agent, ENTRY_TAG: pipeline.entry_name},
     )
     return wrap(materialize)
+
+
+def _named(spec: dg.AssetSpec, key: dg.AssetKey, agent: str) -> dg.AssetSpec:
+    if spec.key != key:
+        raise WiringError(
+            f"The translator gave the asset the key {spec.key.to_user_string()!r}", agent=agent, fix=f"leave it {key.to_user_string()!r}"
+        )
+    return spec
+
+
+def asset_keys(pipeline: Pipeline, agent: str) -> list[dg.AssetKey]:
+    """What an agent's op materialises: its asset and, where it declares one, its quarantine."""
+    own = [dg.AssetKey([pipeline.name, agent])]
+    return own if pipeline.node(agent).quarantine is None else [*own, quarantine_key(pipeline.name, agent)]
 
 
 def op_name(pipeline: str, agent: str) -> str:
@@ -133,10 +151,17 @@ def _materialize(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: A
         metadata=of_seal(outcome.seal, pipeline, reused=outcome.reused),
         data_version=dg.DataVersion(outcome.seal.digest),
     )
+    if agent.quarantine is not None:
+        # Also when there is nothing in it, so that its numbers over time have their zeros.
+        yield dg.MaterializeResult(
+            asset_key=quarantine_key(pipeline.name, agent.name),
+            metadata=of_quarantine(_store(context), outcome.seal, pipeline),
+            data_version=data_version(outcome.seal),
+        )
 
 
 def _run(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: Agent, records: Any) -> Outcome:
-    store = getattr(context.resources, STATE_STORE).store()
+    store = _store(context)
     partitioned = context.has_partition_key or context.has_partition_key_range
     partition_key = only_partition(context.partition_keys, agent.name) if partitioned else None
     attempt = open_attempt(store, context.instance, context.run, pipeline=pipeline.name, partition_key=partition_key)
@@ -151,6 +176,11 @@ def _run(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: Agent, re
         records=records,
         log=context.log,
     )
+
+
+def _store(context: dg.AssetExecutionContext) -> StateStore:
+    store: StateStore = getattr(context.resources, STATE_STORE).store()
+    return store
 
 
 def config_digest(resources: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""Chain integrity: does the store still hold what was sealed? A check of its own, so that it can be run from the UI at any time."""
+"""Checks of what is stored, which can be run from the UI at any time.
+
+Chain integrity: does the store still hold what was sealed? Accounted: is every record that came to a boundary in one place, once?
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -11,41 +14,51 @@ from dagster_mao.dagster.assets import check_spec
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.errors import UnknownVersionError
 from dagster_mao.pipeline import Pipeline
-from dagster_mao.state import StateStore
+from dagster_mao.review.quarantine import Account, accounts
+from dagster_mao.state import QUARANTINE_SUFFIX, Seal, StateStore
 from dagster_mao.state.verify import Finding, Report, verify
 
 CHAIN_INTEGRITY, CHAIN_INTEGRITY_ALL = "chain_integrity", "chain_integrity_all"
-_DESCRIPTION = "Are the snapshots, the chain of seals and Dagster's event log still what they were when this agent's output was sealed?"
+ACCOUNTED, ACCOUNTED_ALL = "accounted", "accounted_all"
+_OF_ALL = {CHAIN_INTEGRITY_ALL, ACCOUNTED_ALL}
+_CHAIN = "Are the snapshots, the chain of seals and Dagster's event log still what they were when this agent's output was sealed?"
+_ACCOUNTS = "Is every record that came in sealed, in quarantine or discarded, and in one of these places only? Recounted from the store."
 
 
 def build_chain_checks(pipeline: Pipeline) -> list[dg.AssetChecksDefinition]:
-    """One check per agent, in one step for all of them: a step of its own process costs seconds, the check milliseconds.
+    """`chain_integrity` of every agent and `accounted` of every quarantine, in one step: a step costs seconds, a check milliseconds.
 
-    The check is of the workflow that the agent's newest materialisation belongs to. On a partitioned pipeline it is of the partition's
-    workflow and runs with it; because the UI does not execute partitioned checks alone, there is a second one, `chain_integrity_all`, which
-    it does: of all partitions at once.
+    They are of the workflow that the newest materialisation belongs to. On a partitioned pipeline they are of the partition's workflow and
+    run with it; as the UI does not execute partitioned checks alone, there are `chain_integrity_all` and `accounted_all`, which it does:
+    of all partitions at once.
     """
     if pipeline.partitions_def is None:
-        return [_chain_checks(pipeline, CHAIN_INTEGRITY, _DESCRIPTION)]
+        return [_stored_checks(pipeline, CHAIN_INTEGRITY, ACCOUNTED)]
     return [
-        _chain_checks(pipeline, CHAIN_INTEGRITY, _DESCRIPTION, of_partition=True),
-        _chain_checks(pipeline, CHAIN_INTEGRITY_ALL, f"Of all partitions: {_DESCRIPTION}"),
+        _stored_checks(pipeline, CHAIN_INTEGRITY, ACCOUNTED, of_partition=True),
+        _stored_checks(pipeline, CHAIN_INTEGRITY_ALL, ACCOUNTED_ALL),
     ]
 
 
-def _chain_checks(pipeline: Pipeline, name: str, description: str, *, of_partition: bool = False) -> dg.AssetChecksDefinition:
-    def chain_integrity(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+def checks_of_all(pipeline: Pipeline) -> list[dg.AssetCheckKey]:
+    """Those that go through all partitions, and have no place in the run of one."""
+    return [key for made in build_chain_checks(pipeline) for key in made.check_keys if key.name in _OF_ALL]
+
+
+def _stored_checks(pipeline: Pipeline, chain: str, account: str, *, of_partition: bool = False) -> dg.AssetChecksDefinition:
+    def stored(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         if of_partition and not context.has_partition_key:
             # Dagster fails on the result of a partitioned check in a run without a partition ("Execute all" makes one).
-            context.log.warning(f"{name} is of one partition, and this run has none; {CHAIN_INTEGRITY_ALL} is of all of them.")
+            context.log.warning(f"{chain} is of one partition, and this run has none; {chain}_all is of all of them.")
             return
         store = getattr(context.resources, STATE_STORE).store()
         for key in sorted(context.selected_asset_check_keys):
-            yield dg.AssetCheckResult(
-                check_name=name,
-                asset_key=key.asset_key,
-                **_verdict(store, context.instance, key.asset_key, workflows(context, key.asset_key)),
-            )
+            where = workflows(context, key.asset_key)
+            if key.name == account:
+                verdict = _accounted(store, key.asset_key, where)
+            else:
+                verdict = _verdict(store, context.instance, key.asset_key, where)
+            yield dg.AssetCheckResult(check_name=key.name, asset_key=key.asset_key, **verdict)
 
     def workflows(context: dg.AssetCheckExecutionContext, key: dg.AssetKey) -> list[str]:
         if of_partition:
@@ -54,15 +67,22 @@ def _chain_checks(pipeline: Pipeline, name: str, description: str, *, of_partiti
             return _newest(context.instance, key)
         return [f"{pipeline.name}/{partition}" for partition in sorted(context.instance.get_materialized_partitions(key))]
 
+    of_all = "" if of_partition or pipeline.partitions_def is None else "Of all partitions: "
+    quarantining = [agent.name for agent in pipeline.agents.values() if agent.quarantine is not None]
+    common: dict[str, Any] = {"blocking": False, "partitioned": of_partition}
     wrap = dg.multi_asset_check(
-        name=f"{pipeline.name}__{name}",
+        name=f"{pipeline.name}__{chain}",
         specs=[
-            check_spec(name, pipeline, agent, description=description, blocking=False, partitioned=of_partition) for agent in pipeline.order
+            *(check_spec(chain, pipeline, agent, description=f"{of_all}{_CHAIN}", **common) for agent in pipeline.order),
+            *(
+                check_spec(account, pipeline, f"{agent}{QUARANTINE_SUFFIX}", description=f"{of_all}{_ACCOUNTS}", **common)
+                for agent in quarantining
+            ),
         ],
         required_resource_keys={STATE_STORE},
         can_subset=True,
     )
-    return wrap(chain_integrity)
+    return wrap(stored)
 
 
 def _newest(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[str]:
@@ -86,6 +106,54 @@ def _verdict(store: StateStore, instance: dg.DagsterInstance, key: dg.AssetKey, 
     where = next(iter(reports)) if len(reports) == 1 else f"{len(reports)} workflows"
     what = f"{len(findings)} findings" if findings else f"{versions} versions are what was sealed"
     return {"passed": not findings, "description": f"{where}: {what}.", "metadata": _told(reports)}
+
+
+def _accounted(store: StateStore, key: dg.AssetKey, workflows: Sequence[str]) -> dict[str, Any]:
+    agent = key.path[-1].removesuffix(QUARANTINE_SUFFIX)
+    found = [accounts(store, seal) for workflow in workflows if (seal := _counted(store, workflow, agent)) is not None]
+    if not found:
+        return {"passed": True, "description": "Nothing was sealed yet."}
+    wrong = [account for account in found if not account.balanced]
+    where = found[0].seal.reference if len(found) == 1 else f"{len(found)} workflows"
+    sums = {name: sum(getattr(account, name) for account in found) for name in ("came_in", "sealed", "quarantined", "discarded")}
+    counted = f"{sums['came_in']:,} came in = {sums['sealed']:,} sealed + {sums['quarantined']:,} quarantined"
+    told = f"{where}: {counted} + {sums['discarded']:,} discarded."
+    if wrong:
+        told = f"{where}: the numbers do not add up. {_what_is_wrong(wrong[0])}"
+    tables = {"wrong": _wrong_table(wrong)} if wrong else {}
+    named = dg.MetadataValue.text(", ".join(account.seal.reference for account in found))
+    return {"passed": not wrong, "description": told, "metadata": {**tables, **sums, STATE_VERSION: named}}
+
+
+def _counted(store: StateStore, workflow: str, agent: str) -> Seal | None:
+    """The version that counts: the effective one, or, before any attempt completed, the newest."""
+    own = [seal for seal in store.seals(workflow) if seal.agent == agent and seal.path]
+    return store.effective(workflow).get(agent) or next(reversed(own), None)
+
+
+_SAID = {
+    "neither": "neither sealed nor in quarantine",
+    "both": "both sealed and in quarantine",
+    "doubled": "sealed more than once",
+    "never_came_in": "not among those that came in",
+}
+
+
+def _what_is_wrong(account: Account) -> str:
+    if account.wrong_counts:
+        return "; ".join(f"{count:,} record{'s' if count > 1 else ''} {_SAID[kind]}" for kind, count in account.wrong_counts.items()) + "."
+    seal, held = account.seal, account.quarantined + account.discarded
+    return f"The seal says {seal.row_count:,} sealed and {seal.quarantined:,} set aside; there are {account.sealed:,} and {held:,}."
+
+
+def _wrong_table(accounts: Sequence[Account]) -> dg.TableMetadataValue:
+    rows: list[dict[str, str | int]] = [
+        {"version": one.seal.reference, "what": _SAID[kind], "count": count, "records": ", ".join(str(key) for key in one.wrong[kind])}
+        for one in accounts
+        for kind, count in one.wrong_counts.items()
+    ] or [{"version": one.seal.reference, "what": _what_is_wrong(one), "count": 0, "records": ""} for one in accounts]
+    schema = dg.TableSchema([dg.TableColumn(name, "int" if name == "count" else "string") for name in rows[0]])
+    return dg.MetadataValue.table([dg.TableRecord(row) for row in rows], schema=schema)
 
 
 def _told(reports: Mapping[str, Report]) -> dict[str, Any]:

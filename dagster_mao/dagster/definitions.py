@@ -7,8 +7,8 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_mao.dagster.assets import IO_MANAGER, build_assets
-from dagster_mao.dagster.checks import CHAIN_INTEGRITY_ALL, build_chain_checks
+from dagster_mao.dagster.assets import IO_MANAGER, asset_keys, build_assets
+from dagster_mao.dagster.checks import build_chain_checks, checks_of_all
 from dagster_mao.dagster.io_manager import StateIOManager
 from dagster_mao.dagster.resources import STATE_STORE, StateStoreResource
 from dagster_mao.dagster.translator import AgentTranslator
@@ -42,12 +42,13 @@ def build_definitions(
 
 
 def build_job(pipeline: Pipeline) -> Any:
-    """The asset job `<pipeline>_job`: the entry, all agents and their checks, but for the one that goes through all partitions."""
-    keys = [dg.AssetKey([pipeline.name, agent]) for agent in pipeline.order]
-    everywhere = dg.AssetSelection.checks(*(dg.AssetCheckKey(key, CHAIN_INTEGRITY_ALL) for key in keys))
+    """The asset job `<pipeline>_job`: the entry, all agents and their checks, but for those that go through all partitions."""
+    keys = [key for agent in pipeline.order for key in asset_keys(pipeline, agent)]
+    own = dg.AssetSelection.assets(*keys)
+    everywhere = checks_of_all(pipeline)
     return dg.define_asset_job(
         f"{pipeline.name}_job",
-        selection=dg.AssetSelection.assets(*keys) - everywhere if pipeline.partitions_def else dg.AssetSelection.assets(*keys),
+        selection=own - dg.AssetSelection.checks(*everywhere) if everywhere else own,
         description=pipeline.description,
     )
 

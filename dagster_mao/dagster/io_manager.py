@@ -1,6 +1,6 @@
 """Agents' snapshots for plain Dagster assets, pinned like an agent's own reads."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -8,6 +8,7 @@ import dagster as dg
 import polars as pl
 
 from dagster_mao.dagster.anchors import STATE_VERSION
+from dagster_mao.dagster.quarantine import QUARANTINE_OF
 from dagster_mao.dagster.resources import StateStoreResource
 from dagster_mao.dagster.runs import open_attempt
 from dagster_mao.errors import PinError, WiringError
@@ -15,7 +16,7 @@ from dagster_mao.state import Attempt, Seal
 
 
 class StateIOManager(dg.ConfigurableIOManager):
-    """Loads what an agent sealed: as `pl.DataFrame` when the parameter is annotated so, else as `pl.LazyFrame`.
+    """Loads what an agent sealed, or its quarantine: as `pl.DataFrame` when the parameter is annotated so, else as `pl.LazyFrame`.
 
     A run reads what it sealed itself; what it does not set out to seal, from the effective state as it was when the run first looked. A
     plain asset whose partition maps to several partitions of the agent gets a dict of frames by partition key. It never writes: agents
@@ -42,7 +43,7 @@ class StateIOManager(dg.ConfigurableIOManager):
         )
 
     def _pinned(self, context: dg.InputContext, partition_key: str | None) -> Seal:
-        pipeline, agent = _named(context.asset_key)
+        pipeline, agent = _named(context, context.asset_key)
         run = context.step_context.dagster_run
         attempt = open_attempt(self.state_store.store(), context.instance, run, pipeline=pipeline, partition_key=partition_key)
         pinned = attempt.pin(agent)
@@ -51,11 +52,14 @@ class StateIOManager(dg.ConfigurableIOManager):
         return pinned
 
     def _frame(self, context: dg.InputContext, seal: Seal) -> pl.DataFrame | pl.LazyFrame:
-        context.add_input_metadata(_told(seal), description=f"Read {seal.agent} as of {seal.reference}")
+        aside = _is_quarantine(context, context.asset_key)
+        what = f"the quarantine of {seal.agent}" if aside else seal.agent
+        context.add_input_metadata(_told(seal, aside), description=f"Read {what} as of {seal.reference}")
         return self._rows(context, seal)
 
     def _rows(self, context: dg.InputContext, seal: Seal) -> pl.DataFrame | pl.LazyFrame:
-        rows = self.state_store.store().read(seal)
+        store = self.state_store.store()
+        rows = store.quarantine(seal).lazy() if _is_quarantine(context, context.asset_key) else store.read(seal)
         return rows.collect() if context.dagster_type.typing_type is pl.DataFrame else rows
 
 
@@ -63,7 +67,7 @@ def _agents_read(context: dg.InputContext, pipeline: str) -> list[str]:
     """Whatever else of the pipeline the same step reads: rows of two agents must be about the same batch."""
     node = context.step_context.job_def.asset_layer.get_assets_def_for_node(context.step_context.node_handle)
     keys = node.keys_by_input_name.values() if node is not None else ()
-    return [key.path[1] for key in keys if len(key.path) == 2 and key.path[0] == pipeline]
+    return [_named(context, key)[1] for key in keys if len(key.path) == 2 and key.path[0] == pipeline]
 
 
 def _pinnable(attempt: Attempt, names: Iterable[str]) -> Iterator[Seal]:
@@ -72,11 +76,22 @@ def _pinnable(attempt: Attempt, names: Iterable[str]) -> Iterator[Seal]:
             yield attempt.pin(name)
 
 
-def _named(key: dg.AssetKey) -> tuple[str, str]:
+def _named(context: dg.InputContext, key: dg.AssetKey) -> tuple[str, str]:
+    """Pipeline and agent, of an agent's asset or of the quarantine beside it."""
     if len(key.path) != 2:
         raise WiringError(f"{key.to_user_string()!r} is no agent's asset", fix="use this IO manager for assets of a pipeline only")
-    return key.path[0], key.path[1]
+    return key.path[0], str(_spec_metadata(context, key).get(QUARANTINE_OF, key.path[1]))
 
 
-def _told(seal: Seal) -> dict[str, Any]:
-    return {STATE_VERSION: seal.reference, "mao/digest": seal.digest, "dagster/row_count": seal.row_count}
+def _is_quarantine(context: dg.InputContext, key: dg.AssetKey) -> bool:
+    return QUARANTINE_OF in _spec_metadata(context, key)
+
+
+def _spec_metadata(context: dg.InputContext, key: dg.AssetKey) -> Mapping[str, Any]:
+    layer = context.step_context.job_def.asset_layer
+    return layer.get(key).metadata if layer.has(key) else {}
+
+
+def _told(seal: Seal, aside: bool) -> dict[str, Any]:
+    digest, rows = (seal.quarantine_digest, seal.quarantined) if aside else (seal.digest, seal.row_count)
+    return {STATE_VERSION: seal.reference, "mao/digest": digest, "dagster/row_count": rows}

@@ -4,6 +4,7 @@ import dagster as dg
 
 from dagster_mao.agent import Agent
 from dagster_mao.dagster.metadata import of_agent
+from dagster_mao.dagster.quarantine import of_quarantining, quarantine_key
 from dagster_mao.pipeline import Pipeline
 
 _KINDS = ("delta", "polars")
@@ -28,4 +29,14 @@ class AgentTranslator:
             kinds={*agent.kinds, *_KINDS},
             metadata=of_agent(pipeline, agent),
             partitions_def=pipeline.partitions_def,
+        )
+
+    def get_quarantine_spec(self, agent: Agent, pipeline: Pipeline) -> dg.AssetSpec:
+        """The spec of the quarantine beside an agent that declares one: group, owners and tags are the agent's."""
+        return self.get_asset_spec(agent, pipeline).replace_attributes(
+            key=quarantine_key(pipeline.name, agent.name),
+            description=f"Records that broke a contract at the boundary of `{agent.name}`, each with its reasons. "
+            f"`dagster-mao quarantine list {pipeline.name}/…` shows them, and what was decided on them.",
+            kinds={"delta", "quarantine"},
+            metadata=of_quarantining(pipeline, agent),
         )

@@ -2,8 +2,19 @@
 
 from dagster_mao.state.attempt import Attempt, Provenance
 from dagster_mao.state.quarantine import DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
-from dagster_mao.state.seal import Parent, Seal
+from dagster_mao.state.seal import QUARANTINE_SUFFIX, Parent, Seal
 from dagster_mao.state.snapshots import Staged, staged
 from dagster_mao.state.store import StateStore
 
-__all__ = ["DISPOSITION_SCHEMA", "QUARANTINE_SCHEMA", "Attempt", "Parent", "Provenance", "Seal", "Staged", "StateStore", "staged"]
+__all__ = [
+    "DISPOSITION_SCHEMA",
+    "QUARANTINE_SCHEMA",
+    "QUARANTINE_SUFFIX",
+    "Attempt",
+    "Parent",
+    "Provenance",
+    "Seal",
+    "Staged",
+    "StateStore",
+    "staged",
+]
