@@ -122,6 +122,8 @@ class Approval(mao.Agent):
     version = "1"
     owners = ["team:credit"]
     kinds = ["python"]
+    # About the day as a whole. They warn: what is refused here has had its effects already.
+    expectations = mao.Expectations("expectations/approval.json", columns={"approved": pl.col("outcome") == "approve"})
 
     def execute(self, ctx: mao.AgentContext, risk_assessment: Risk, fraud_detection: FraudSignals, *, core_bank: CoreBank) -> Decision:
         risk = risk_assessment

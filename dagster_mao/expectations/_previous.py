@@ -94,13 +94,14 @@ def _partition(batch: pl.LazyFrame, one: Previous) -> dict[str, Any] | None:
 
 
 def _by_bins(numbers: pl.LazyFrame) -> dict[str, Any] | None:
-    values = numbers.collect()["it"]
-    edges = sorted({float(value) for n in range(1, _BINS) if (value := values.quantile(n / _BINS)) is not None})
+    values = numbers.collect()["it"].sort()
+    last = len(values) - 1
+    edges = sorted({values[last * n // _BINS] for n in range(1, _BINS)}) if len(values) else []
     if len(edges) < 2:
         return None
-    closed = [(values >= low) & (values < high) for low, high in pairwise(edges)]
-    closed[-1] |= values == edges[-1]
-    counts = [int(inside.sum()) for inside in (values < edges[0], *closed, values > edges[-1])]
-    # Half a count more in each bin: a bin that was empty by chance must not make the divergence infinite.
+    # As numpy's histogram counts, which GX takes: a bin has its lower edge, and the last one both.
+    upto = [*(int(values.search_sorted(edge, "left")) for edge in edges[:-1]), int(values.search_sorted(edges[-1], "right"))]
+    counts = [high - low for low, high in pairwise([0, *upto, len(values)])]
+    # Half a count more in each bin: one that was empty by chance must not make the divergence infinite.
     below, *weights, above = [(count + 0.5) / (len(values) + 0.5 * len(counts)) for count in counts]
-    return {"bins": edges, "weights": weights, "tail_weights": [below, above]}
+    return {"bins": [float(edge) for edge in edges], "weights": weights, "tail_weights": [below, above]}

@@ -359,6 +359,13 @@ def test_without_a_version_to_compare_with_drift_is_skipped_and_says_so(previous
     assert all(reason in f.metadata["skipped"] and "Not judged" in f.description for f in findings)
 
 
+@pytest.mark.parametrize("values", [list(range(100)), [1, 1, 1, 2, 2, 3], [5, 5, 5, 5, 5, 5, 5, 5, 5, 7, 9], [-1.5, 0.0, 0.25, 1e9]])
+def test_the_bins_hold_what_gx_counts_in_them(values):
+    """Else the same batch would have drifted from itself."""
+    frame = batch(len(values) * 100, score=[float(value) for value in values] * 100)
+    assert only(DRIFT[2], frame, frame).metadata["observed_value"] < 0.01
+
+
 def test_a_column_that_was_constant_has_no_distribution_to_drift_from():
     assert "previous_partition_score" in only(DRIFT[2], batch(), batch(5, score=[1.0] * 5)).metadata["skipped"]
 
