@@ -9,15 +9,19 @@ MASK = "***"
 
 
 def hide(field: Mapping[str, Any] | None, value: Any) -> Any:
-    """The value, masked where its field's description says so or there is no description."""
+    """The value, masked where its field's description says so or there is no description.
+
+    What does not have the described shape is masked whole if anything in the description is personal: it may be what stands there.
+    """
     if field is None or field.get("personal"):
         return MASK
-    if isinstance(value, Mapping):
-        inner = by_name(field)
-        return {name: hide(inner.get(name), part) for name, part in value.items()} if inner else MASK
-    if isinstance(value, list):
-        items = field.get("items")
-        return [hide(items if isinstance(items, Mapping) else {}, part) for part in value]
+    fields, items = by_name(field), field.get("items")
+    if isinstance(value, Mapping) and fields:
+        return {name: hide(fields.get(name), part) for name, part in value.items()}
+    if isinstance(value, list) and isinstance(items, Mapping):
+        return [hide(items, part) for part in value]
+    if isinstance(value, Mapping) or (value is not None and has_personal(field)):
+        return MASK
     return value
 
 
@@ -42,9 +46,10 @@ def unmarked_personal(producer: Mapping[str, Any], consumer: Mapping[str, Any], 
 
 
 def _parts(described: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What a description holds: fields by name, and what a list or a mapping is made of."""
-    inner = {f"[{name}]": described[name] for name in ("items", "values") if isinstance(described.get(name), Mapping)}
-    return {**by_name(described), **inner}
+    """What a description holds: fields by name, what a list is made of, what a union chooses from."""
+    choices = {f"[{number}]": choice for number, choice in enumerate(described.get("choices") or ())}
+    items = {"[]": described["items"]} if isinstance(described.get("items"), Mapping) else {}
+    return {**by_name(described), **items, **choices}
 
 
 def _joined(path: str, name: str) -> str:
