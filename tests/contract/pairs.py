@@ -124,7 +124,7 @@ def scalars(draw: Any, kind: str, validators: bool = True) -> Spec:
         limits = draw(_bounds([0, 2, 4, 6])) | draw(st.sampled_from([{}, {}, {"multiple_of": 2}, {"multiple_of": 4}]))
         plain = Annotated[int, Field(**limits)]
         annotation = draw(st.sampled_from([Literal[0, 1], Literal[1, 2], Literal[5]])) if choice == 0 else plain
-        if validators and choice == 1:
+        if validators and choice in {1, 2}:
             annotation = draw(st.sampled_from([Annotated[plain, AfterValidator(odd)], Annotated[plain, BeforeValidator(mended)]]))
     elif kind == "float":
         limits = draw(_bounds([0.0, 1.0, 2.0])) | draw(st.sampled_from([{}, {}, {"allow_inf_nan": False}]))
@@ -133,7 +133,7 @@ def scalars(draw: Any, kind: str, validators: bool = True) -> Spec:
         limits = draw(_lengths()) | draw(st.sampled_from([{}, {}, {"pattern": "^a"}, {"strip_whitespace": True}] if validators else [{}]))
         plain = Annotated[str, StringConstraints(**limits)]
         annotation = draw(st.sampled_from([Literal["a", "b"], Literal["b", "ab"], Literal["aaaa"]])) if choice == 0 else plain
-        if validators and choice == 1:
+        if validators and choice in {1, 2}:
             annotation = Annotated[plain, AfterValidator(odd)]
     elif kind == "bool":
         annotation = draw(st.sampled_from([bool, bool, Literal[True]]))

@@ -218,7 +218,7 @@ RELAXED = settings(max_examples=120, deadline=None, suppress_health_check=[Healt
 @st.composite
 def fields(draw: Any, validators: bool = True) -> tuple[Spec, Spec]:
     """A producer's field and a consumer's, of one kind: a scalar, a list of it, or a nested model with it."""
-    kind = draw(st.sampled_from(["int", "float", "str", "bool", "date", "decimal"]))
+    kind = draw(st.sampled_from(["int", "int", "int", "str", "str", "float", "bool", "date", "decimal"]))
     one, other = draw(scalars(kind, validators)), draw(scalars(kind, validators))
     shape = draw(st.sampled_from(["scalar", "scalar", "list", "struct", "any"]))
     if shape == "any":
