@@ -26,6 +26,7 @@ from dagster_mao.errors import (
 )
 from dagster_mao.expectations import Expectations
 from dagster_mao.pipeline import ExternalEntry, Pipeline
+from dagster_mao.resubmission import Resubmission, resubmit
 from dagster_mao.run import Result, run
 from dagster_mao.state import Seal, StateStore
 
@@ -53,6 +54,7 @@ __all__ = [
     "PinError",
     "Pipeline",
     "Quarantine",
+    "Resubmission",
     "Result",
     "Seal",
     "StaleStateError",
@@ -66,6 +68,7 @@ __all__ = [
     "agent",
     "build_asset",
     "build_definitions",
+    "resubmit",
     "run",
 ]
 

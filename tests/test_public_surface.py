@@ -20,9 +20,11 @@ EAGER = {
     "Pipeline",
     "Quarantine",
     "Result",
+    "Resubmission",
     "Seal",
     "StateStore",
     "agent",
+    "resubmit",
     "run",
 }
 ERRORS = {

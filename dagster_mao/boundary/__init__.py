@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import polars as pl
+
 from dagster_mao.agent import Agent, AgentContext
 from dagster_mao.boundary._call import Call
 from dagster_mao.boundary._checks import OUTPUT, PINNED_BASE, Check, check_names, input_check
@@ -29,12 +31,14 @@ def run_agent(
     config_digest: str = "",
     partition_key: str | None = None,
     records: Any = None,
+    quarantined: pl.DataFrame | None = None,
     log: logging.Logger | None = None,
 ) -> Outcome:
     """Runs one agent of an attempt up to its seal.
 
     `records` takes the place of `execute` for an entry: models, dicts, or a polars frame. With a quarantine declared, records that break a
     contract are kept out and sealed beside the snapshot, up to the declared share; without one, the first of them stops the step.
+    `quarantined` are records of an earlier version of the entry that stay in quarantine, as they lie there.
 
     Whatever goes wrong is raised as an error of this library whose `checks` hold all verdicts reached until then, the failed one included:
     `BatchRefusedError` for records that broke a contract, `PinError`, `StaleStateError`, `FencedError` and `TamperedError` for the state,
@@ -42,6 +46,8 @@ def run_agent(
     """
     step = Step(store, agent, attempt)
     with step.reporting():
+        if quarantined is not None:
+            step.keep_aside(quarantined)
         pinned = step.pin()
         frames = step.read(pinned)
         agent.suite.prepare()  # what is wrong with it should be known before the agent is paid for

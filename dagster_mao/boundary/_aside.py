@@ -63,6 +63,11 @@ class Aside:
         refused = {".".join(map(str, e["loc"])) or "record": e["input"] for e in error.errors(include_url=False)}
         self._add(key, OUTPUT_SIDE, None, contract.rules_broken(error), _json(refused), contract)
 
+    def keep(self, quarantined: pl.DataFrame) -> None:
+        """What was set aside before, as it was: judged again from its JSON it might be another record."""
+        self._rows += quarantined.select(QUARANTINE_SCHEMA.names()).to_dicts()
+        self.keys |= set(quarantined["record"].drop_nulls())
+
     def _add(self, key: Any, side: str, upstream: str | None, rules: Iterable[str], values: str, contract: Contract[Any]) -> None:
         record = None if key is None else str(key)
         if record is not None:

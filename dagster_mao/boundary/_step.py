@@ -66,6 +66,16 @@ class Step:
             error.checks = tuple(self._checks.values())
             raise
 
+    def keep_aside(self, quarantined: pl.DataFrame) -> None:
+        """Keeps in quarantine what was there before. Raises `InvalidRecordsError` when the agent declares none any more."""
+        if self.aside is not None:
+            self.aside.keep(quarantined)
+        elif quarantined.height:
+            raise InvalidRecordsError(
+                f"{quarantined.height} records are in its quarantine, and it declares none any more",
+                fix="declare quarantine=mao.Quarantine() again, or correct all of them",
+            )
+
     # -- what it may read ------------------------------------------------------------------------------------------------------------
 
     def pin(self) -> list[Seal]:
@@ -254,7 +264,7 @@ class Step:
     def _without_doubled(self, sifted: Sifted) -> Sifted:
         """Without the rows under the key of a record that could be no row: a doubled key is doubled, however bad one of its records is."""
         key, contract = str(self._output.key), self._output
-        if self.aside is None or not self.aside.keys:
+        if self.aside is None or not self.aside.keys or self._agent.inputs:
             return sifted
         is_doubled = pl.col(key).cast(pl.String).is_in(pl.Series(sorted(self.aside.keys)).implode())
         doubled = sifted.valid.filter(is_doubled).collect(engine="streaming")
