@@ -149,6 +149,25 @@ def test_rows_that_break_the_newer_contract_are_refused_by_its_rules(store: Stat
     ]
 
 
+def test_a_consumer_reads_less_of_a_nested_model_too(tmp_path: Path) -> None:
+    """What its contract does not name never reaches it, at any depth: the street is personal."""
+
+    class Zip(BaseModel):
+        zip_code: str
+
+    class Region(BaseModel):
+        application_id: Annotated[str, mao.Key]
+        homes: list[Zip]
+
+    def region(applications: Any) -> Any:
+        return Decision(application_id=applications.application_id, why=str(applications.homes))
+
+    region.__annotations__ = {"applications": Region, "return": Decision}
+    store = StateStore(tmp_path / "state")
+    result = mao.run(mao.Pipeline("loans", entry=applications, agents=[mao.agent(region)]), store=store, workflow="day")
+    assert result["region"]["why"].to_list() == ["[Zip(zip_code='12345')]"] * 2
+
+
 # --- in the UI ---------------------------------------------------------------------------------------------------------------------------
 
 
