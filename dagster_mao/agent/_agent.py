@@ -1,132 +1,38 @@
-"""Agents: named units of work with declared contracts. What a user writes; it knows nothing of Dagster, Delta or other agents.
-
-A function becomes an agent by `@agent`, a class by deriving from `Agent`. Positional parameters are upstream agents (or, first, the
-context), their annotations are the contracts; keyword-only parameters are resources.
-"""
+"""The agent itself: the class form, the function form, and what is read from their signatures."""
 
 from __future__ import annotations
 
-import collections.abc
-import contextlib
-import datetime as dt
 import functools
 import hashlib
 import importlib
 import inspect
-import json
-import linecache
-import logging
 import pickle
-import random
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, is_dataclass
-from enum import Enum
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, ParamSpec, TypeVar, overload
 
 from pydantic import BaseModel
 
-from dagster_mao.contract import Contract, DataFrame, LazyFrame
-from dagster_mao.errors import AgentCallError, MaoError, WiringError
+from dagster_mao.agent._annotations import Annotation, closure, locals_named_by, shape_of
+from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, Shape
+from dagster_mao.agent._guard import awaiting, executing, refuse_nested, stepping
+from dagster_mao.agent._source import canonical, names_loaded, source_of
+from dagster_mao.contract import Contract
+from dagster_mao.errors import MaoError, WiringError
 from dagster_mao.expectations import Suite, suite_file
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-NAME = re.compile(r"[a-z][a-z0-9_]*")
-
 # The resource through which the boundary writes: an agent that held it could read any state, pinned or not.
 RESERVED_RESOURCES = frozenset({"state_store"})
 
 _GUARDED = "__mao_guarded__"  # on the execute of a class: the function as it was written
-
-_executing: ContextVar[Agent | None] = ContextVar("dagster_mao_executing", default=None)
-
-
-class Shape(str, Enum):
-    """How a parameter or an output holds records: one by one, or a whole batch as a frame."""
-
-    RECORD = "record"
-    LAZYFRAME = "lazyframe"
-    DATAFRAME = "dataframe"
-
-
-@dataclass(frozen=True)
-class Input:
-    """One upstream that an agent reads: under which parameter, under which contract, in which shape.
-
-    `required` is False for `Fraud | None`: a record that the upstream does not have arrives as None (record-wise) or has fewer rows
-    (frame-wise).
-    """
-
-    parameter: str
-    upstream: str
-    contract: Contract[Any]
-    shape: Shape
-    required: bool
-
-
-@dataclass(frozen=True)
-class Quarantine:
-    """Consent to go on without the records that break a contract: they go, with their reasons, to the sibling asset `<agent>_quarantine`.
-
-    `max_share` (0 to 1) is the share of the records that came in which may be quarantined; past it the batch fails after all.
-    """
-
-    max_share: float = 0.1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.max_share, bool) or not isinstance(self.max_share, (int, float)) or not 0 <= self.max_share <= 1:
-            raise WiringError(f"`max_share` is {self.max_share!r}", field="quarantine", fix="a share from 0 to 1")
-
-
-@dataclass(frozen=True)
-class AgentContext:
-    """What an agent may know about where it runs. Time and randomness come from here and are recorded in the seal.
-
-    `now` (aware, UTC) is the same for all agents of an attempt; `seed` is that of the attempt.
-    """
-
-    workflow_id: str
-    agent: str
-    attempt: str
-    run_id: str
-    now: dt.datetime
-    seed: int
-    partition_key: str | None = None
-    log: logging.Logger = field(default_factory=lambda: logging.getLogger("dagster_mao"), compare=False)
-
-    def random(self, *salt: object) -> random.Random:
-        """A generator seeded by `seed`, and by `salt` when given: record-wise agents pass the record's key, else all records draw alike."""
-        return random.Random("/".join(str(part) for part in (self.seed, *salt)) if salt else self.seed)
-
-    @classmethod
-    def for_tests(cls, agent: str = "agent", **changes: Any) -> AgentContext:
-        """A context with fixed values (2000-01-01 UTC, seed 0) for calling an agent directly in a unit test."""
-        values: dict[str, Any] = {
-            "workflow_id": "test/0",
-            "agent": agent,
-            "attempt": "test",
-            "run_id": "test",
-            "now": dt.datetime(2000, 1, 1, tzinfo=dt.timezone.utc),
-            "seed": 0,
-        }
-        return cls(**{**values, **changes})
-
-
-class _Annotation(NamedTuple):
-    """An annotation as read: `many` is a collection of records (only an entry returns one)."""
-
-    shape: Shape
-    model: type[BaseModel]
-    optional: bool = False
-    many: bool = False
 
 
 class _Parameters(NamedTuple):
@@ -175,7 +81,7 @@ class Agent:
             cls.description = inspect.cleandoc(own.get("__doc__") or "") or None
         execute = inspect.getattr_static(cls, "execute")  # a mixin's too
         if isinstance(execute, types.FunctionType) and execute is not Agent.execute and not hasattr(execute, _GUARDED):
-            cls._namespace = _locals_named_by(execute, sys._getframe(1))
+            cls._namespace = locals_named_by(execute, sys._getframe(1))
             cls.execute = _guarded(execute)  # type: ignore[method-assign]
 
     def execute(self, *args: Any, **kwargs: Any) -> Any:
@@ -257,14 +163,14 @@ class Agent:
         if self.version is not None:
             return str(self.version)
         digest = hashlib.sha256()
-        for part in (*self._sources(), *self._files(), _canonical(self._settings())):
+        for part in (*self._sources(), *self._files(), canonical(self._settings())):
             digest.update(len(part).to_bytes(8, "big") + part)
         return f"sha256:{digest.hexdigest()[:12]}"
 
     @cached_property
     def named_agents(self) -> frozenset[str]:
         """Names of other agents that its own code names as globals or closure variables: reads that no parameter declares."""
-        found = (value for function in self._functions() for value in _names_loaded(function))
+        found = (value for function in self._functions() for value in names_loaded(function))
         others = (value for value in found if _is_agent(value) and value is not self and value is not type(self))
         return frozenset(value.name for value in others if not (isinstance(value, type) and isinstance(self, value)))
 
@@ -295,16 +201,16 @@ class Agent:
         return self.takes_context, tuple(i.parameter for i in self.inputs), self.resources, alone
 
     def _invoke(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, is_async: bool) -> Any:
-        _refuse_nested(self)
+        refuse_nested(self)
         if is_async:
-            return _awaiting(self, function, args, kwargs)
-        token = _executing.set(self)
+            return awaiting(self, function, args, kwargs)
+        token = executing.set(self)
         try:
             result = function(*args, **kwargs)
         finally:
-            _executing.reset(token)
+            executing.reset(token)
         # A generator's body runs while it is read, which is after this returns.
-        return _stepping(self, result) if isinstance(result, Iterator) else result
+        return stepping(self, result) if isinstance(result, Iterator) else result
 
     # -- reading the signature -------------------------------------------------------------------------------------------------------
 
@@ -375,7 +281,7 @@ class Agent:
                 )
 
     @cached_property
-    def _returned(self) -> _Annotation:
+    def _returned(self) -> Annotation:
         if inspect.isasyncgenfunction(self._raw):
             self._wrong("it is an async generator", "return", "return a list, or make it a plain generator")
         read = self._read(self._signature.return_annotation, "return")
@@ -398,7 +304,7 @@ class Agent:
             )
         return read
 
-    def _read(self, annotation: Any, where: str) -> _Annotation:
+    def _read(self, annotation: Any, where: str) -> Annotation:
         if annotation is inspect.Parameter.empty:
             self._wrong(
                 "no contract: it has no annotation",
@@ -412,7 +318,7 @@ class Agent:
             arms = [arm for arm in typing.get_args(resolved) if arm is not types.NoneType]
             if len(arms) == 1:
                 return self._read(arms[0], where)._replace(optional=True)
-        read = _shape_of(resolved)
+        read = shape_of(resolved)
         if read is None:
             shown = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
             fix = "annotate it with a pydantic model, mao.LazyFrame[Model] or mao.DataFrame[Model]"
@@ -424,7 +330,7 @@ class Agent:
     def _evaluate(self, annotation: Any, where: str) -> Any:
         # One at a time: a resource annotated with a name that only type checkers import must not be in the way.
         function = inspect.unwrap(self._raw)
-        names = {**vars(type(self)), **_closure(function), **self._namespace}
+        names = {**vars(type(self)), **closure(function), **self._namespace}
         holder = types.SimpleNamespace(__annotations__={"it": annotation})
         try:
             return typing.get_type_hints(holder, getattr(function, "__globals__", {}), names, include_extras=True)["it"]
@@ -487,7 +393,7 @@ class Agent:
         return self.__getstate__()
 
     def _sources(self) -> list[bytes]:
-        return list({source: None for function in self._functions() for source in [_source(function)]})
+        return list({source: None for function in self._functions() for source in [source_of(function)]})
 
     @property
     def _home(self) -> Path:
@@ -626,38 +532,9 @@ def agent(
             raise WiringError(
                 f"{shown!r} is no function", agent=str(shown), field="fn", fix="decorate a function; derive a class from mao.Agent"
             )
-        return FunctionAgent(function, _locals_named_by(function, caller), **declared)
+        return FunctionAgent(function, locals_named_by(function, caller), **declared)
 
     return decorate(fn) if fn is not None else decorate
-
-
-# -- law 10: agents never call agents ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _executing_as(agent: Agent) -> Generator[None]:
-    """Mark `agent` as the one that executes in this thread or task; AgentCallError when another one already does.
-
-    It reaches as far as context variables do: nested calls, asyncio tasks, `asyncio.to_thread`; not a thread that an agent starts itself.
-    """
-    _refuse_nested(agent)
-    token = _executing.set(agent)
-    try:
-        yield
-    finally:
-        _executing.reset(token)
-
-
-def _refuse_nested(agent: Agent) -> None:
-    caller = _executing.get()
-    # The same agent may: `super().execute(...)`, recursion.
-    if caller is not None and caller is not agent:
-        raise AgentCallError(
-            f"Agent {caller.name!r} called agent {agent.name!r} inside its execute; agents never call agents",
-            agent=caller.name,
-            field=agent.name,
-            fix=f"take `{agent.name}` as a parameter of {caller.name!r}: the pipeline hands over its sealed output",
-        )
 
 
 def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -671,30 +548,8 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     return execute
 
 
-async def _awaiting(agent: Agent, function: Callable[..., Coroutine[Any, Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with _executing_as(agent):
-        return await function(*args, **kwargs)
-
-
 async def _awaited_alone(record: Coroutine[Any, Any, Any]) -> list[Any]:
     return [await record]
-
-
-def _stepping(agent: Agent, iterator: Iterator[Any]) -> Iterator[Any]:
-    try:
-        while True:
-            with _executing_as(agent):
-                try:
-                    value = next(iterator)
-                except StopIteration:
-                    return
-            yield value
-    finally:
-        if isinstance(iterator, Generator):
-            iterator.close()
-
-
-# -- names, annotations, sources -----------------------------------------------------------------------------------------------------
 
 
 def _snake_case(name: str) -> str:
@@ -704,99 +559,6 @@ def _snake_case(name: str) -> str:
 
 def _is_agent(value: Any) -> bool:
     return isinstance(value, Agent) or (isinstance(value, type) and issubclass(value, Agent) and value is not Agent)
-
-
-def _shape_of(annotation: Any) -> _Annotation | None:
-    if _is_model(annotation):
-        return _Annotation(Shape.RECORD, annotation)
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is None or not arguments or not _is_model(arguments[0]):
-        return None
-    if origin is LazyFrame:
-        return _Annotation(Shape.LAZYFRAME, arguments[0])
-    if origin is DataFrame:
-        return _Annotation(Shape.DATAFRAME, arguments[0])
-    if isinstance(origin, type) and issubclass(origin, collections.abc.Iterable) and not issubclass(origin, collections.abc.Mapping):
-        return _Annotation(Shape.RECORD, arguments[0], many=True)
-    return None
-
-
-def _is_model(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, BaseModel)
-
-
-def _closure(function: Any) -> dict[str, Any]:
-    names, cells = getattr(getattr(function, "__code__", None), "co_freevars", ()), getattr(function, "__closure__", None) or ()
-    found = {}
-    for name, cell in zip(names, cells, strict=False):
-        with contextlib.suppress(ValueError):  # not bound yet
-            found[name] = cell.cell_contents
-    return found
-
-
-def _locals_named_by(function: Any, frame: types.FrameType) -> dict[str, Any]:
-    """The locals of the defining function that annotations written as strings name: a string makes no closure variable."""
-    if frame.f_locals is frame.f_globals:
-        return {}
-    texts = [text for text in getattr(function, "__annotations__", {}).values() if isinstance(text, str)]
-    words = {word for text in texts for word in re.findall(r"[^\W\d]\w*", text)}
-    return {name: value for name, value in frame.f_locals.items() if name in words}
-
-
-def _names_loaded(function: types.FunctionType) -> Iterator[Any]:
-    closure = _closure(function)
-    for code in _codes(function.__code__):
-        for name in _globals_of(code):
-            if name in function.__globals__:
-                yield function.__globals__[name]
-        for name in code.co_freevars:
-            if name in closure:
-                yield closure[name]
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-@functools.lru_cache(maxsize=1024)
-def _globals_of(code: types.CodeType) -> frozenset[str]:
-    # Not co_names: those are attributes too, and `record.credit_score` names no agent.
-    import dis
-
-    return frozenset(str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-
-
-def _source(function: types.FunctionType) -> bytes:
-    """The source of the function's module; of a session without files (python -c, a prompt) the function's code itself."""
-    linecache.checkcache(function.__code__.co_filename)
-    lines = linecache.getlines(function.__code__.co_filename, function.__globals__)
-    if lines:
-        return "".join(lines).replace("\r\n", "\n").encode()
-    return "\n".join(_fingerprint(code) for code in _codes(function.__code__)).encode()
-
-
-def _fingerprint(code: types.CodeType) -> str:
-    constants = [sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c) for c in code.co_consts if not isinstance(c, types.CodeType)]
-    return json.dumps([code.co_name, code.co_code.hex(), code.co_names, code.co_varnames, constants])
-
-
-def _canonical(settings: dict[str, Any]) -> bytes:
-    return json.dumps(settings, sort_keys=True, default=_plain).encode() if settings else b""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(repr, value))
-    if isinstance(value, (Path, dt.date, dt.timedelta)):
-        return str(value)
-    return f"{type(value).__module__}.{type(value).__qualname__}"  # never its repr: addresses differ from process to process
 
 
 def _find(module: str, qualname: str) -> Any:

@@ -1,0 +1,87 @@
+"""What an agent declares and is told: shapes, inputs, the consent to a quarantine, the context."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import random
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from dagster_mao.contract import Contract
+from dagster_mao.errors import WiringError
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class Shape(str, Enum):
+    """How a parameter or an output holds records: one by one, or a whole batch as a frame."""
+
+    RECORD = "record"
+    LAZYFRAME = "lazyframe"
+    DATAFRAME = "dataframe"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One upstream that an agent reads: under which parameter, under which contract, in which shape.
+
+    `required` is False for `Fraud | None`: a record that the upstream does not have arrives as None (record-wise) or has fewer rows
+    (frame-wise).
+    """
+
+    parameter: str
+    upstream: str
+    contract: Contract[Any]
+    shape: Shape
+    required: bool
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """Consent to go on without the records that break a contract: they go, with their reasons, to the sibling asset `<agent>_quarantine`.
+
+    `max_share` (0 to 1) is the share of the records that came in which may be quarantined; past it the batch fails after all.
+    """
+
+    max_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_share, bool) or not isinstance(self.max_share, (int, float)) or not 0 <= self.max_share <= 1:
+            raise WiringError(f"`max_share` is {self.max_share!r}", field="quarantine", fix="a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class AgentContext:
+    """What an agent may know about where it runs. Time and randomness come from here and are recorded in the seal.
+
+    `now` (aware, UTC) is the same for all agents of an attempt; `seed` is that of the attempt.
+    """
+
+    workflow_id: str
+    agent: str
+    attempt: str
+    run_id: str
+    now: dt.datetime
+    seed: int
+    partition_key: str | None = None
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("dagster_mao"), compare=False)
+
+    def random(self, *salt: object) -> random.Random:
+        """A generator seeded by `seed`, and by `salt` when given: record-wise agents pass the record's key, else all records draw alike."""
+        return random.Random("/".join(str(part) for part in (self.seed, *salt)) if salt else self.seed)
+
+    @classmethod
+    def for_tests(cls, agent: str = "agent", **changes: Any) -> AgentContext:
+        """A context with fixed values (2000-01-01 UTC, seed 0) for calling an agent directly in a unit test."""
+        values: dict[str, Any] = {
+            "workflow_id": "test/0",
+            "agent": agent,
+            "attempt": "test",
+            "run_id": "test",
+            "now": dt.datetime(2000, 1, 1, tzinfo=dt.timezone.utc),
+            "seed": 0,
+        }
+        return cls(**{**values, **changes})
