@@ -214,7 +214,9 @@ def _function(schema: Mapping[str, Any], scope: _Scope) -> Type:
     elif isinstance(owner, EncodedBytes):
         encode = owner.encode
     elif not inner.json:
-        encode = values.or_from_text(encode, values.faithful(partial(_from_source, inner), inner.decode, scope.judge(schema)))
+        from_source = partial(_from_source, inner)
+        guarded = from_source if scope.branched else values.faithful(from_source, inner.decode, scope.judge(schema))
+        encode = values.or_from_text(encode, guarded)
     else:
         encode = values.faithful(values.json_text, values.decode_json, scope.judge(schema))
     return replace(inner, exact=False, encode=encode, modes=_modes(*inner.modes, schema["type"].removeprefix("function-")))

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import decimal
+import enum
 import json
 import pickle
 import subprocess
@@ -14,7 +15,21 @@ from typing import Annotated, Any, ClassVar, Literal, Optional, get_args, get_or
 import polars as pl
 import pytest
 from annotated_types import Interval
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NaiveDatetime, RootModel, conint, create_model
+from pydantic import (
+    UUID4,
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    NaiveDatetime,
+    PastDate,
+    RootModel,
+    conint,
+    create_model,
+    model_validator,
+)
 
 from dagster_mao.contract import Column, Contract, DataFrame, Key, LazyFrame, Personal, columns
 from dagster_mao.errors import ContractDefinitionError
@@ -195,6 +210,49 @@ def test_a_contract_describes_itself_in_json() -> None:
 def test_the_hash_is_pinned() -> None:
     """If this changes, every snapshot sealed so far is under another contract than it says. No release of a library may do that."""
     assert Contract.of(Applicant).hash == "c15ef8eec9f5de0fcd56452496ff387df0a7f5d60b81c6cd8202e0f35a54985a"
+
+
+class Grade(enum.Enum):
+    A = "a"
+    B = "b"
+
+
+class Line(BaseModel):
+    n: int = Field(ge=0, multiple_of=3)
+    of: decimal.Decimal | None = Field(None, max_digits=5, decimal_places=2)
+
+
+class Sealed(BaseModel):
+    """Of everything that a contract could say in the first release."""
+
+    model_config = ConfigDict(extra="forbid", str_max_length=50)
+    sealed_id: Annotated[int, Key]
+    name: Annotated[str, Personal] = Field(min_length=1, pattern="^[A-Z]")
+    score: float = Field(gt=0.7, le=1, allow_inf_nan=False)
+    flag: bool = True
+    raw: bytes = Field(b"", max_length=9)
+    day: dt.date = Field(ge=dt.date(2020, 1, 1))
+    born: PastDate
+    at: AwareDatetime
+    clock: NaiveDatetime = Field(lt=dt.datetime(2030, 1, 1))  # noqa: DTZ001
+    amount: decimal.Decimal
+    token: uuid.UUID
+    fourth: UUID4
+    site: HttpUrl | None
+    grade: Grade
+    kind: Literal["x", "y", None]
+    even: Annotated[int, AfterValidator(lambda v: v)]
+    mixed: uuid.UUID | str
+    lines: list[Line] = Field([], max_length=7)
+    points: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def whole(self) -> "Sealed":
+        return self
+
+
+def test_what_could_be_said_from_the_first_release_on_keeps_its_hash() -> None:
+    assert Contract.of(Sealed).hash == "90bb0e8053b0b479679c1d4e12e1de116e82b4e21fa10f967d78129c2edb3932"
 
 
 def test_the_hash_is_the_same_in_another_process() -> None:
