@@ -15,6 +15,10 @@ _EXACT_IN_FLOATS = 2**53
 _FEW = 10  # rows per different value from which on a text column goes by codes
 
 
+class EngineError(Exception):
+    """GX raised. The text is the type of what it raised, whose own text quotes values."""
+
+
 def built(entry: Mapping[str, Any], number: int) -> Any:
     """The expectation that an entry describes, carrying its number. Raises what GX raises: wrong arguments, an unknown type."""
     import great_expectations as gx
@@ -30,11 +34,22 @@ def built(entry: Mapping[str, Any], number: int) -> Any:
     return configuration.to_domain_obj()
 
 
+def evaluated(expression: str, parameters: Mapping[str, Any]) -> Any:
+    """What a parameter's expression comes to. Raises `EngineError`."""
+    from great_expectations.core.suite_parameters import parse_suite_parameter
+    from great_expectations.exceptions.exceptions import SuiteParameterError
+
+    try:
+        return parse_suite_parameter(expression, dict(parameters))
+    except SuiteParameterError as error:
+        raise EngineError(type(error.__cause__ or error).__name__) from None
+
+
 def judged(frame: Any, expectations: Sequence[Any], parameters: Mapping[str, Any]) -> dict[int, Any]:
     """GX's results over a pandas frame, by number.
 
     In a context of its own that has no files, asks no network and draws no progress bars; a context that the process already has stays
-    the current one. Nothing is logged: GX's messages quote values.
+    the current one. Nothing is logged: GX's messages quote values. Raises `EngineError` where GX finds no result at all.
     """
     import great_expectations as gx
 
@@ -42,11 +57,14 @@ def judged(frame: Any, expectations: Sequence[Any], parameters: Mapping[str, Any
         asset = context.data_sources.add_pandas("batch").add_dataframe_asset("batch")
         batch = asset.add_batch_definition_whole_dataframe("batch").get_batch({"dataframe": frame})
         suite = gx.ExpectationSuite("batch", expectations=list(expectations))
-        result = batch.validate(
-            suite,
-            expectation_parameters=dict(parameters),
-            result_format={"result_format": "BASIC", "partial_unexpected_count": SAMPLES},
-        )
+        try:
+            result = batch.validate(
+                suite,
+                expectation_parameters=dict(parameters),
+                result_format={"result_format": "BASIC", "partial_unexpected_count": SAMPLES},
+            )
+        except Exception as error:
+            raise EngineError(type(error).__name__) from None
     return {one.expectation_config.meta["number"]: one for one in result.results}
 
 

@@ -62,6 +62,11 @@ class Previous:
             return cls(name, kind, column, schema[column])
         raise UnknownParameterError("there is no such value, or no such column")
 
+    @property
+    def example(self) -> Any:
+        """A value of the kind, to try expressions with."""
+        return {"values": [], "weights": []} if self.kind == _PARTITION else 1.5
+
     def expression(self) -> pl.Expr:
         """What polars aggregates, all values of a version in one pass; of a partition it is done apart."""
         if self.kind == _ROW_COUNT:

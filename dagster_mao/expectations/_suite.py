@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import polars as pl
 
@@ -98,6 +98,10 @@ class Suite:
     def prepare(self) -> None:
         """Imports GX and builds the expectations, so that wrong arguments are told before the agent runs. Raises `WiringError`."""
         self._build(self.expectations)
+        for one in self.expectations:
+            raised = _unevaluable(one, {value.name: value.example for value in one.previous})
+            if raised and raised != ZeroDivisionError.__name__:  # that is for real values to say
+                self._wrong(one, f"one of its parameters is no expression that GX can evaluate ({raised})")
 
     def judge(self, batch: pl.LazyFrame, previous: pl.LazyFrame | None = None) -> list[Finding]:
         """One finding per expectation about a batch that keeps its contract, in the order of declaration.
@@ -108,12 +112,19 @@ class Suite:
         """
         known = self._parameters(previous) if previous is not None else {}
         rows = batch.select(pl.len()).collect(engine="streaming").item()
-        skipped = {one.name: reason for one in self.expectations if (reason := _reason_to_skip(one, rows, known, previous))}
-        asked = [one for one in self.expectations if one.name not in skipped]
-        results = self._run(batch, rows, asked, known) if asked else {}
-        return [
-            _skipped(one, skipped[one.name]) if one.name in skipped else self._found(one, *results[one.name]) for one in self.expectations
-        ]
+        findings: dict[str, Finding] = {}
+        for one in self.expectations:
+            if reason := _reason_to_skip(one, rows, known, previous):
+                findings[one.name] = _skipped(one, reason)
+            elif raised := _unevaluable(one, known):
+                findings[one.name] = _unjudged(one, _declared(one), raised)
+        asked = [one for one in self.expectations if one.name not in findings]
+        try:
+            results = self._run(batch, rows, asked, known) if asked else {}
+            findings |= {one.name: self._found(one, *results[one.name]) for one in asked}
+        except _engine.EngineError as error:
+            findings |= {one.name: _unjudged(one, _declared(one), str(error)) for one in asked}
+        return [findings[one.name] for one in self.expectations]
 
     # -- what GX is asked ------------------------------------------------------------------------------------------------------------
 
@@ -155,13 +166,13 @@ class Suite:
             except ImportError:
                 raise
             except Exception as error:
-                raise WiringError(
-                    f"Agent {self._agent!r}: {one.type} is not declared as Great Expectations takes it: {_one_line(error)}",
-                    agent=self._agent,
-                    field=one.columns[0] if one.columns else "expectations",
-                    fix="mend its arguments",
-                ) from error
+                self._wrong(one, _one_line(error), error)
         return found
+
+    def _wrong(self, one: Expectation, why: str, cause: Exception | None = None) -> NoReturn:
+        what = f"Agent {self._agent!r}: {one.type} is not declared as Great Expectations takes it: {why}"
+        field = one.columns[0] if one.columns else "expectations"
+        raise WiringError(what, agent=self._agent, field=field, fix="mend its arguments") from cause
 
     def _pandas(self, batch: pl.LazyFrame, rows: int, asked: Sequence[Expectation]) -> Any:
         """The columns that are asked about, and no others."""
@@ -178,8 +189,7 @@ class Suite:
         facts = _asked(one, result)
         raised = _raised(result) or _raised(nulls)
         if raised:
-            facts |= {"exception": raised, "reasons": [_reason(f"raised {raised}", one)]}
-            return Finding(one.name, False, one.severity, f"It could not be judged: {raised}", facts)
+            return _unjudged(one, facts, raised)
         observed = self._observed(one, result.result)
         missing = self._missing(one, result.result, nulls)
         passed = bool(result.success)
@@ -247,6 +257,22 @@ def _reason_to_skip(one: Expectation, rows: int, known: Mapping[str, Any], previ
 
 def _skipped(one: Expectation, reason: str) -> Finding:
     return Finding(one.name, True, one.severity, f"Not judged: {reason}", {**_declared(one), "skipped": reason})
+
+
+def _unjudged(one: Expectation, facts: Mapping[str, Any], raised: str) -> Finding:
+    reasons = [_reason(f"raised {raised}", one)]
+    return Finding(one.name, False, one.severity, f"It could not be judged: {raised}", {**facts, "exception": raised, "reasons": reasons})
+
+
+def _unevaluable(one: Expectation, known: Mapping[str, Any]) -> str | None:
+    """The type of what evaluating its parameters raises."""
+    for value in one.arguments.values():
+        if isinstance(value, Mapping) and "$PARAMETER" in value:
+            try:
+                _engine.evaluated(str(value["$PARAMETER"]), known)
+            except _engine.EngineError as error:
+                return str(error)
+    return None
 
 
 def _declared(one: Expectation) -> dict[str, Any]:

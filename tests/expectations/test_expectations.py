@@ -146,6 +146,13 @@ def test_an_expectation_that_raises_fails_its_check_by_the_exceptions_name_alone
     assert SECRET not in json.dumps(finding.metadata) + finding.description
 
 
+def test_when_gx_finds_nothing_at_all_every_check_says_so(monkeypatch):
+    monkeypatch.setattr("great_expectations.validator.validator.Validator.graph_validate", lambda *_, **__: int(SECRET))
+    findings = judged([one(MEAN, column="score"), one(MEAN, column="amount")])
+    assert [(f.passed, f.metadata["exception"]) for f in findings] == [(False, "ValueError")] * 2
+    assert SECRET not in str(findings)
+
+
 def test_polars_works_out_what_gx_cannot_look_at():
     declared = Expectations(
         [
@@ -347,6 +354,22 @@ def test_negative_and_tiny_values_survive_gxs_expressions():
     before = batch(3, score=[-3e-7, -3e-7, -3e-7])
     bounds = {"min_value": {"$PARAMETER": "previous_mean_score * 1.1"}, "max_value": {"$PARAMETER": "previous_mean_score * 0.9"}}
     assert only(one(MEAN, column="score", **bounds), before, before).passed
+
+
+@pytest.mark.parametrize(
+    "expression", ["previous_mean_score *", "previous_partition_outcome * 2", "previous_mean_score previous_row_count"]
+)
+def test_an_expression_that_is_none_is_told_before_the_agent_runs(expression):
+    suite = Suite.of([one(MEAN, column="score", min_value={"$PARAMETER": expression})], CONTRACT, agent="approval", home=Path("."))
+    with pytest.raises(WiringError, match="no expression"):
+        suite.prepare()
+
+
+def test_an_expression_that_fails_on_the_values_fails_its_check_alone():
+    by_nothing = one(MEAN, column="score", min_value={"$PARAMETER": "previous_mean_score / previous_min_score"})
+    findings = judged([by_nothing, one(MEAN, column="score")], batch(), batch())
+    assert [f.passed for f in findings] == [False, True]
+    assert findings[0].metadata["exception"] == "ZeroDivisionError"
 
 
 @pytest.mark.parametrize(
