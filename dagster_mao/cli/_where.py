@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,8 @@ from typing import Any
 
 from dagster_mao.cli._app import ROOT
 from dagster_mao.cli._print import misused
-from dagster_mao.errors import StoreError
+from dagster_mao.errors import StoreError, WiringError
+from dagster_mao.pipeline import Pipeline
 from dagster_mao.state.store import StateStore
 
 
@@ -71,3 +73,39 @@ def _toml(file: Path) -> dict[str, Any]:
 def placed(place: str | None, file: Path) -> str | None:
     """A path of pyproject.toml counts from that file's folder."""
     return place if not place or "://" in place else str(file.parent / place)
+
+
+def load_pipeline(given: str | None, workflow: str) -> Pipeline:
+    """The pipeline of a workflow: the one that was given as module:attribute, else the one of that name in pyproject.toml.
+
+    Imports the user's code, with the project's folder (where pyproject.toml is, else the working directory) on the path. Raises
+    `WiringError` when there is none by that name.
+    """
+    configured, where = project()
+    places = [given] if given else list(configured.get("pipelines", ()))
+    if not places:
+        fix = 'give --pipeline module:attribute, or put pipelines = ["module:attribute"] under [tool.dagster-mao] in pyproject.toml'
+        raise WiringError("No pipeline is named, and correcting a record takes its contract", fix=fix)
+    found = [_imported(place, where.parent) for place in places]
+    for pipeline in found:
+        if workflow.startswith(f"{pipeline.name}/"):
+            return pipeline
+    there = ", ".join(pipeline.name for pipeline in found)
+    raise WiringError(f"No pipeline that is named has this workflow; there is {there}", workflow=workflow, fix="name its own by --pipeline")
+
+
+def _imported(place: str, folder: Path) -> Pipeline:
+    module, colon, attribute = place.partition(":")
+    if not (module and colon and attribute):
+        misused(f"a pipeline is written module:attribute, not {place!r}")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    try:
+        pipeline = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever the user's modules raise
+        raise WiringError(
+            f"{place} cannot be imported: {type(error).__name__}: {error}", fix=f"try `python -c 'import {module}'`"
+        ) from error
+    if not isinstance(pipeline, Pipeline):
+        raise WiringError(f"{place} is a {type(pipeline).__name__}, not a mao.Pipeline", fix="name the variable that holds the pipeline")
+    return pipeline

@@ -9,7 +9,7 @@ import dagster as dg
 
 from dagster_mao.agent import Agent
 from dagster_mao.dagster.anchors import STATE_VERSION
-from dagster_mao.dagster.metadata import reasons_table
+from dagster_mao.dagster.metadata import of_seal, reasons_table
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.review.quarantine import Refusal, refusals_of
 from dagster_mao.state import QUARANTINE_SCHEMA, QUARANTINE_SUFFIX, Seal, StateStore
@@ -73,6 +73,19 @@ def of_quarantine(store: StateStore, seal: Seal, pipeline: Pipeline) -> dict[str
 
 def data_version(seal: Seal) -> dg.DataVersion:
     return dg.DataVersion(seal.quarantine_digest or _NOTHING)
+
+
+def report(instance: dg.DagsterInstance, pipeline: Pipeline, store: StateStore, seal: Seal) -> None:
+    """Tells Dagster of a version that was sealed outside of a run: the UI shows it, and the event log anchors it."""
+    partition = seal.workflow_id.removeprefix(f"{pipeline.name}/") if pipeline.partitions_def else None
+    nobodys = {name: dg.MetadataValue.text(f"{seal.attempt} (not a run)") for name in ("mao/attempt", "mao/sealed_by")}
+    told = [(dg.AssetKey([pipeline.name, seal.agent]), of_seal(seal, pipeline, reused=False) | nobodys, seal.digest)]
+    if pipeline.node(seal.agent).quarantine is not None:
+        aside = of_quarantine(store, seal, pipeline) | {"mao/attempt": nobodys["mao/attempt"]}
+        told.append((quarantine_key(pipeline.name, seal.agent), aside, data_version(seal).value))
+    for key, metadata, digest in told:
+        tags = {"dagster/data_version": digest, "dagster/data_version_is_user_provided": "true", "dagster/code_version": seal.agent_version}
+        instance.report_runless_asset_event(dg.AssetMaterialization(key, metadata=metadata, partition=partition, tags=tags))
 
 
 def _limit(agent: Agent) -> dict[str, Any]:
