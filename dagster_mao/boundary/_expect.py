@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from typing import Any
-from urllib.parse import quote
 
 from dagster_mao.agent import Agent
 from dagster_mao.boundary._checks import Check
 from dagster_mao.expectations import Finding, report
 from dagster_mao.state import Attempt, Seal, Staged, StateStore
+from dagster_mao.state.objects import safe_name
 
 REPORT = "report"
 
@@ -22,9 +22,11 @@ def expected(store: StateStore, agent: Agent, attempt: Attempt, batch: Staged, r
     findings = agent.suite.judge(batch.scan(), store.read(previous) if previous else None)
     told = {"previous": previous.reference} if previous else {}
     page = _page(agent, attempt, batch, rows, told, findings)
-    path = f"reports/{attempt.pipeline}/{agent.name}/{quote(attempt.workflow_id, safe='')}/{_name(batch, page)}.html"
+    path = f"reports/{attempt.pipeline}/{agent.name}/{safe_name(attempt.workflow_key)}/{_name(batch, page)}.html"
     store.objects.put_if_absent(path, page)
-    return [Check(f.name, f.passed, f.description, {**f.metadata, **told, REPORT: store.objects.url(path)}, f.severity) for f in findings]
+    shown = {REPORT: store.objects.url(path)}
+    extra = [{**shown, **told} if one.previous else shown for one in agent.suite.expectations]
+    return [Check(f.name, f.passed, f.description, {**f.metadata, **more}, f.severity) for f, more in zip(findings, extra, strict=True)]
 
 
 def _previous(store: StateStore, agent: Agent, attempt: Attempt) -> Seal | None:

@@ -18,6 +18,7 @@ table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .5em .6em; border-bottom: 1px solid #d1d9e0 }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
 th, dt, small, .skipped { color: #59636e; font-weight: normal }
+td:first-child { white-space: nowrap }
 .passed { color: #1a7f37 }
 .error { color: #d1242f }
 .warn { color: #9a6700 }

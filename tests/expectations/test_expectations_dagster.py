@@ -113,8 +113,8 @@ def test_a_batch_as_expected_is_sealed_and_the_numbers_are_plotted(desk):
     assert checks[NAMES].severity == dg.AssetCheckSeverity.WARN
     assert checks[DRIFT].metadata["skipped"].value == "there is no previous version"
     page = Path(checks[SHARE].metadata["report"].value)
-    assert page.parent == desk / "state" / "reports" / "credit" / "decisions" / page.parent.name
-    assert page.parent.name.startswith("credit%2F")
+    (workflow,) = StateStoreResource(root=str(desk / "state")).store().workflows()
+    assert page.parent == desk / "state" / "reports" / "credit" / "decisions" / workflow.removeprefix("credit/")
     told = page.read_text()
     assert SHARE in told
     assert not re.search(r"(?i)https?:|<script|<link", told)
@@ -169,6 +169,15 @@ def test_a_workflow_without_one_is_compared_with_the_workflow_sealed_before(desk
     drifted = evaluations(materialize(desk, partitions_def=days, partition_key="monday"))[DRIFT]
     assert (drifted.passed, drifted.metadata["previous"].value) == (False, "credit/tuesday@0")
     assert drifted.metadata["observed_value"].value > 0.1
+
+
+def test_only_what_compares_names_what_it_was_compared_with(local_store):
+    run(pipeline(), decided(6, 4), store=local_store, workflow="a")
+    checks = {c.name: c for c in run(pipeline(), decided(6, 4), store=local_store, workflow="a/../ b").checks["decisions"]}
+    assert checks[DRIFT].metadata["previous"] == "credit/a@0"
+    assert "previous" not in checks[SHARE].metadata
+    assert Path(checks[SHARE].metadata["report"]).is_file()
+    assert Path(checks[SHARE].metadata["report"]).parents[1] == Path(local_store.root) / "reports" / "credit" / "decisions"
 
 
 def test_what_is_sealed_later_is_no_version_before(local_store):
