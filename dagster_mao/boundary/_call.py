@@ -134,13 +134,25 @@ def failed(agent: Agent, error: BaseException, record: str = "") -> AgentFailedE
 def cause(agent: Agent, error: BaseException) -> BaseException:
     """The error as it may be chained.
 
-    Its text may hold the values at hand. So where a contract of the agent has personal fields, only type and traceback are kept.
+    Its text may hold the values at hand. So where a contract of the agent has personal fields, only types and tracebacks are kept, and
+    which rules pydantic found broken.
     """
     contracts = [agent.output, *(i.contract for i in agent.inputs)]
-    if not any(has_personal(contract.describe()) for contract in contracts):
-        return error
-    told = f"{type(error).__name__} (its text is withheld: the agent handles personal data)"
-    return RuntimeError(told).with_traceback(error.__traceback__)
+    return _withheld(error) if any(has_personal(contract.describe()) for contract in contracts) else error
+
+
+def _withheld(error: BaseException) -> BaseException:
+    told = _rules(error) if isinstance(error, ValidationError) else "its text is withheld: the agent handles personal data"
+    made = RuntimeError(f"{type(error).__name__}: {told}").with_traceback(error.__traceback__)
+    inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    made.__cause__ = None if inner is None else _withheld(inner)
+    return made
+
+
+def _rules(error: ValidationError) -> str:
+    # The first step only: further down, a location may be the key of a mapping, which came with the data.
+    broken = dict.fromkeys(f"{e['loc'][0] if e['loc'] else 'record'}: {e['type']}" for e in error.errors(include_input=False))
+    return f"{error.error_count()} validation errors for {error.title}: {'; '.join(broken)}"
 
 
 def _finished(awaitable: Any) -> Any:
