@@ -68,35 +68,34 @@ def check(contract: Contract[Any], frame: pl.LazyFrame | pl.DataFrame, samples: 
 
 def sift(contract: Contract[Any], frame: pl.LazyFrame | pl.DataFrame, samples: int, exact: bool) -> Sifted:
     """The records that keep `contract`, and the others with the rules they broke; see `Contract.sift`."""
-    lazy, wrong, found, judges = _first_pass(contract, frame, exact)
+    lazy, wrong, found, judges = _first_pass(contract, frame, exact, positions=True)
     if wrong:
         return Sifted(check(contract, frame, samples, exact), pl.LazyFrame(schema=contract.schema), _nothing_broken(contract))
     lazy = lazy.select(contract.schema.names())
     judged = _judge(contract, lazy, judges, found, samples) if judges and found.rows else _Judged()
-    if not found.spoiled and not judged.rules:
+    if found.positions.is_empty() and found.doubled is None and not judged.rules:
         return Sifted(Verdict(contract.name, found.rows, 0), lazy, _nothing_broken(contract))
-    broken = _broken_rows(lazy, found, judged)
-    failures = [*_sampled(contract, broken.lazy(), found.broken, samples), *found.doubled_failure(contract, samples), *judged.failures()]
+    rows = _rows_at(lazy, found, judged)
+    broken = _rules_broken_by(rows, contract.rules)
+    failures = [*_sampled(contract, rows.lazy(), broken, samples), *found.doubled_failure(contract, samples), *judged.failures()]
     # A row belongs to one side or the other by its position: no rule is evaluated twice, and none can answer differently.
-    numbered = lazy.with_row_index(ROW).filter(~pl.col(ROW).is_in(broken[ROW].implode()))
-    return Sifted(Verdict(contract.name, found.rows, broken.height, tuple(failures)), numbered.drop(ROW), broken)
+    numbered = lazy.with_row_index(ROW).filter(~pl.col(ROW).is_in(rows[ROW].implode()))
+    verdict = Verdict(contract.name, found.rows, rows.height, tuple(failures))
+    return Sifted(verdict, numbered.drop(ROW), _with_rules(rows, broken, found, judged))
 
 
 def _first_pass(
-    contract: Contract[Any], frame: pl.LazyFrame | pl.DataFrame, exact: bool
+    contract: Contract[Any], frame: pl.LazyFrame | pl.DataFrame, exact: bool, positions: bool = False
 ) -> tuple[pl.LazyFrame, list[tuple[str, str | None]], _Found, list[Judge]]:
     """The frame with its declared types, what is wrong with its columns, what one pass over its rows found, and who judges the rest."""
     lazy = frame.lazy()
     present = lazy.collect_schema()
     sound = {name for name, dtype in contract.schema.items() if name in present and fits(present[name], dtype)}
     lazy = conformed(lazy, present, contract.schema)
-    found = _count(lazy, [rule for rule in contract.rules if rule.field in sound], contract.key if contract.key in sound else None)
-    return (
-        lazy,
-        schema_failures(contract, present, exact or contract.closed),
-        found,
-        [j for j in contract.judges if sound.issuperset(j.columns)],
-    )
+    rules = [rule for rule in contract.rules if rule.field in sound]
+    found = _count(lazy, rules, contract.key if contract.key in sound else None, positions)
+    wrong = schema_failures(contract, present, exact or contract.closed)
+    return lazy, wrong, found, [judge for judge in contract.judges if sound.issuperset(judge.columns)]
 
 
 # --- the columns -----------------------------------------------------------------------------------------------------------------------
@@ -146,11 +145,15 @@ def conformed(lazy: pl.LazyFrame, present: Mapping[str, pl.DataType], schema: Ma
 
 @dataclass(frozen=True)
 class _Found:
-    """What the pass found: the rules that break, and the keys that occur more than once (`doubled`, with how often)."""
+    """What the pass found: the rules that break, and the keys that occur more than once (`doubled`, with how often).
+
+    Where the `positions` of the rows that break rules were asked for, `broken` has those rules alone that make a row unreadable.
+    """
 
     rows: int
     broken: list[Rule]
     doubled: pl.DataFrame | None
+    positions: pl.Series
 
     @property
     def spoiled(self) -> list[pl.Expr]:
@@ -175,26 +178,40 @@ class _Found:
         return [RuleFailure(_unique(key.name), key.name, int(self.doubled[_ROWS].sum()), shown_keys)]
 
 
-def _count(lazy: pl.LazyFrame, rules: Sequence[Rule], key: str | None) -> _Found:
-    """One aggregation: the number of rows, the rules that break, and the hashes of keys that may be doubled.
+def _count(lazy: pl.LazyFrame, rules: Sequence[Rule], key: str | None, positions: bool) -> _Found:
+    """One aggregation: the number of rows, the rules that break (or the rows that break them), and hashes of keys that may be doubled.
 
     Keys are compared by their sorted 64-bit hashes: where no neighbours are equal, all keys differ. Equal ones prove nothing, and
     `_doubled` looks at their keys themselves. This is the one thing here that grows with the batch, by some 12 bytes a row; a hash set
     takes 45.
     """
-    columns = [pl.len().alias("rows")] + [rule.broken.any().alias(f"rule {i}") for i, rule in enumerate(rules)]
+    named = [rule for rule in rules if rule.name.endswith(CALENDAR)] if positions else rules
+    columns = [pl.len().alias("rows")] + [rule.broken.any().alias(f"rule {i}") for i, rule in enumerate(named)]
+    if positions and rules:
+        columns.append(pl.any_horizontal(rule.broken for rule in rules).arg_true().implode().alias("positions"))
     if key is not None:
-        hashes = pl.col(key).drop_nulls().hash().sort()
-        columns.append(hashes.filter(hashes == hashes.shift(1)).implode().alias("hashes"))
+        hashes = _hash(pl.col(key).drop_nulls()).sort()
+        columns.append(hashes.map_batches(_repeated, return_dtype=pl.List(pl.UInt64), returns_scalar=True).alias("hashes"))
     found = lazy.select(columns).collect(engine="streaming")
-    broken = [rule for i, rule in enumerate(rules) if found[f"rule {i}"].item()]
+    broken = [rule for i, rule in enumerate(named) if found[f"rule {i}"].item()]
     doubled = _doubled(lazy, key, found["hashes"].explode()) if key is not None and found["hashes"].list.len().item() else None
-    return _Found(found["rows"].item(), broken, doubled)
+    at = found["positions"].explode().drop_nulls() if "positions" in found.columns else pl.Series([], dtype=pl.get_index_type())
+    return _Found(found["rows"].item(), broken, doubled, at.alias(ROW))
+
+
+def _hash(keys: pl.Expr) -> pl.Expr:
+    return keys.hash().cast(pl.UInt64)
+
+
+def _repeated(hashes: pl.Series) -> pl.Series:
+    """Of sorted hashes, those that are equal to the one before. In one function, because as expressions polars would sort them thrice."""
+    later = hashes.slice(1)
+    return later.filter(later == hashes.slice(0, len(later))).implode()
 
 
 # --- the passes over a batch that failed -------------------------------------------------------------------------------------------------
 
-_ROWS = "\x00rows"
+_ROWS, _JUDGED = "\x00rows", "\x00judged"
 
 
 def _unique(key: str) -> str:
@@ -203,7 +220,7 @@ def _unique(key: str) -> str:
 
 def _doubled(lazy: pl.LazyFrame, key: str, hashes: pl.Series) -> pl.DataFrame | None:
     """The keys that occur more than once, and how often. All rows of such a key are suspect: nothing says which one is right."""
-    suspect = lazy.select(pl.col(key).drop_nulls()).filter(pl.col(key).hash().is_in(hashes.unique().implode()))
+    suspect = lazy.select(pl.col(key).drop_nulls()).filter(_hash(pl.col(key)).is_in(hashes.unique().implode()))
     counts = suspect.group_by(key).agg(pl.len().alias(_ROWS)).filter(pl.col(_ROWS) > 1)
     doubled = counts.collect(engine="streaming").sort(key)
     return doubled if doubled.height else None
@@ -213,22 +230,35 @@ def _nothing_broken(contract: Contract[Any]) -> pl.DataFrame:
     return pl.DataFrame(schema={**contract.schema, ROW: pl.get_index_type(), RULES: pl.List(pl.String)})
 
 
-def _broken_rows(lazy: pl.LazyFrame, found: _Found, judged: _Judged) -> pl.DataFrame:
-    """The rows that break a rule, each with its position in the batch and the names of the rules, in order."""
-    positions = pl.Series(ROW, sorted(judged.rules), dtype=pl.get_index_type())
-    spoiled = [*found.spoiled, *([pl.col(ROW).is_in(positions.implode())] if len(positions) else [])]
-    rows = lazy.with_row_index(ROW).filter(pl.any_horizontal(spoiled)).collect(engine="streaming")
-    by_name = {rule.name: rule.broken for rule in found.broken}
+def _rows_at(lazy: pl.LazyFrame, found: _Found, judged: _Judged) -> pl.DataFrame:
+    """The rows that break a rule, each with its position in the batch."""
+    positions = pl.concat([found.positions, pl.Series(ROW, list(judged.rules), dtype=found.positions.dtype)])
+    wanted = pl.col(ROW).is_in(positions.implode())
+    chosen = lazy.with_row_index(ROW).filter(wanted if found.doubled is None else wanted | found.is_doubled)
+    return chosen.select(pl.exclude(ROW), ROW).collect(engine="streaming")
+
+
+def _rules_broken_by(rows: pl.DataFrame, rules: Sequence[Rule]) -> list[Rule]:
+    broken = rows.select(rule.broken.any().alias(str(i)) for i, rule in enumerate(rules)).row(0) if rules else ()
+    return [rule for rule, is_broken in zip(rules, broken, strict=True) if is_broken]
+
+
+def _with_rules(rows: pl.DataFrame, broken: Sequence[Rule], found: _Found, judged: _Judged) -> pl.DataFrame:
+    """The rows, each with the names of the rules that it breaks, in order."""
+    by_name = {rule.name: rule.broken for rule in broken}
     if found.doubled is not None:
         by_name[_unique(found.doubled.columns[0])] = found.is_doubled
-    names = [pl.when(broken).then(pl.lit(name)) for name, broken in sorted(by_name.items())]
+    names = [pl.when(is_broken).then(pl.lit(name)) for name, is_broken in sorted(by_name.items())]
     rules = pl.concat_list(names).list.drop_nulls() if names else pl.lit([], dtype=pl.List(pl.String))
-    if not len(positions):
-        return rows.select(pl.exclude(ROW), ROW, rules.alias(RULES))
-    told = pl.DataFrame({ROW: positions, "\x00judged": [sorted(judged.rules[p]) for p in positions]})
-    rows = rows.with_columns(rules.alias(RULES)).join(told, on=ROW, how="left", maintain_order="left")
-    both = pl.concat_list(RULES, pl.col("\x00judged").fill_null([])).list.unique().list.sort()
-    return rows.select(pl.exclude(ROW, RULES, "\x00judged"), ROW, both.alias(RULES))
+    rows = rows.with_columns(rules.alias(RULES))
+    if not judged.rules:
+        return rows
+    told = pl.DataFrame(
+        {ROW: list(judged.rules), _JUDGED: [list(names) for names in judged.rules.values()]},
+        schema={ROW: rows.schema[ROW], _JUDGED: pl.List(pl.String)},
+    )
+    both = pl.concat_list(RULES, pl.col(_JUDGED).fill_null([])).list.unique().list.sort()
+    return rows.join(told, on=ROW, how="left", maintain_order="left").with_columns(both.alias(RULES)).drop(_JUDGED)
 
 
 def _sampled(contract: Contract[Any], lazy: pl.LazyFrame, broken: Sequence[Rule], samples: int) -> list[RuleFailure]:
