@@ -206,7 +206,8 @@ def _hash(keys: pl.Expr) -> pl.Expr:
 def _repeated(hashes: pl.Series) -> pl.Series:
     """Of sorted hashes, those that are equal to the one before. In one function, because as expressions polars would sort them thrice."""
     later = hashes.slice(1)
-    return later.filter(later == hashes.slice(0, len(later))).implode()
+    repeated: pl.Series = later.filter(later == hashes.slice(0, len(later))).implode()
+    return repeated
 
 
 # --- the passes over a batch that failed -------------------------------------------------------------------------------------------------
