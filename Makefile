@@ -8,8 +8,8 @@ BIN := .venv/bin
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
-demo: .venv/.installed ## install, then decide 1 000 real loan applications
-	@$(BIN)/python -m tools.demo
+demo: .venv/.installed ## install, then decide 1 000 real loan applications (DAY=2026-01-02 FILE=data/day_with_errors.csv for others)
+	@$(BIN)/python -m tools.demo $(if $(DAY),--day $(DAY)) $(if $(FILE),--file $(FILE))
 
 ui: .venv/.installed ## Dagster's UI with the demo's history, until Ctrl-C (make ui PORT=3001 for another port)
 	@exec $(BIN)/python -m tools.ui $(if $(PORT),--port $(PORT))

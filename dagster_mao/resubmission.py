@@ -15,7 +15,7 @@ from dagster_mao.boundary import Check, run_agent
 from dagster_mao.contract import MASK, Contract
 from dagster_mao.errors import BatchRefusedError, InvalidRecordsError, StaleStateError, UnknownVersionError
 from dagster_mao.pipeline import Pipeline
-from dagster_mao.review.quarantine import Refusal, akin, decide, refusals
+from dagster_mao.review.quarantine import Refusal, akin, decide, field_of, refusals
 from dagster_mao.state import QUARANTINE_SCHEMA, Seal, StateStore
 
 
@@ -153,9 +153,8 @@ def _refuse_doubled(contract: Contract[Any], kept: pl.LazyFrame, remaining: pl.D
 
 
 def _refuse(contract: Contract[Any], what: str, rules: Sequence[str]) -> NoReturn:
-    field = rules[0].partition(":")[0].partition(".")[0].partition("[")[0]
-    fix = "correct more of it; nothing was sealed"
-    raise BatchRefusedError(what, field=field if field in contract.schema else None, fix=fix)
+    field = field_of(rules[0])
+    raise BatchRefusedError(what, field=field if field in contract.schema else None, fix="correct more of it; nothing was sealed")
 
 
 def _seal(pipeline: Pipeline, store: StateStore, entry: Seal, batch: pl.LazyFrame, remaining: pl.DataFrame) -> Any:

@@ -1,5 +1,7 @@
 """The file of the day's loan applications."""
 
+from typing import Any
+
 import dagster as dg
 import polars as pl
 from polars.exceptions import NoDataError
@@ -28,6 +30,19 @@ class ApplicationsFile(dg.ConfigurableResource):
         Raises: mao.InvalidRecordsError when the file is missing, empty or no CSV.
         """
         return self._read(day).drop(OUTCOME, strict=False)
+
+    def records(self, day: str | None = None) -> list[Any]:
+        """The same, one by one, for the contract to judge each by itself: one bad record is no bad file.
+
+        Raises: mao.InvalidRecordsError as `read` does, and when the columns are not the contract's.
+        """
+        frame = self.read(day)
+        if wrong := sorted(set(frame.columns) ^ set(SCHEMA)):
+            what = f"{self.path} has a column too many or too few: {wrong[0]!r}"
+            raise mao.InvalidRecordsError(
+                what, field=wrong[0], fix=f"bring the columns of {Application.__name__}, and {OUTCOME!r} if known"
+            )
+        return frame.to_dicts()
 
     def outcomes(self, day: str | None = None) -> pl.DataFrame:
         """Application id and `outcome`, good or bad: what only became known years later.

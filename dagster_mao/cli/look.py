@@ -41,6 +41,8 @@ def history_command(
     for name, chain in _grouped(shown).items():
         console.print(Text(plain(name), style="bold"))
         console.print(_versions_table(chain))
+    if any(seal.quarantined for seal in shown):
+        console.print(Text("held: records in quarantine; dagster-mao quarantine list shows them.", style="dim"))
     if len(shown) < len(seals):
         console.print(f"{len(seals) - len(shown)} older versions are not shown; --limit 0 shows all.")
     if not seals:
@@ -180,13 +182,14 @@ def _difference_as_json(found: Difference) -> dict[str, Any]:
 
 def _versions_table(seals: Sequence[Seal]) -> Table:
     quarantined = any(seal.quarantined for seal in seals)
-    headings = ["n", "agent", "from", "rows", *(["quarantined"] if quarantined else []), "attempt", "digest", "sealed (UTC)"]
-    table = grid(*headings, numbers=("n", "rows", "quarantined"))
+    headings = ["n", "agent", "from", "rows", *(["held"] if quarantined else []), "attempt", "digest", "sealed (UTC)"]
+    table = grid(*headings, numbers=("n", "rows", "held"))
     for seal in seals:
         made_from = ", ".join(str(parent.version) for parent in seal.parents) or seal.kind
-        told = [seal.version, seal.agent or None, made_from, f"{seal.row_count:,}"]
+        told = [seal.version, seal.agent or f"({seal.kind})", made_from, f"{seal.row_count:,}"]
         told += [f"{seal.quarantined:,}"] if quarantined else []
-        table.add_row(*map(cell, [*told, seal.attempt[:8], seal.digest[:8] or None, moment(seal)]))
+        # 80 columns hold a column more, or the seconds.
+        table.add_row(*map(cell, [*told, seal.attempt[:8], seal.digest[:8] or None, moment(seal)[: -3 if quarantined else None]]))
     return table
 
 

@@ -88,7 +88,7 @@ def show_command(
         console.print("It keeps nothing in quarantine.")
     for refusal in found:
         console.print()
-        console.print(_refusal_sheet(refusal))
+        _print_refusal(console, refusal)
 
 
 @commands.command("discard", epilog="Example: dagster-mao quarantine discard credit/2026-01-02@0 --record app-0003 --why 'sent twice'")
@@ -339,18 +339,20 @@ def _print_what_next(console: Console, shown: Sequence[Refusal], found: Sequence
         console.print(Text(f"Their values: dagster-mao quarantine show '{plain(first)}'", style="dim"), soft_wrap=True)
 
 
-def _refusal_sheet(refusal: Refusal) -> Table:
-    table = sheet()
+def _print_refusal(console: Console, refusal: Refusal) -> None:
     where = f"input, from {refusal.upstream}" if refusal.upstream else refusal.side
-    rows: list[tuple[str, Any]] = [("record", _name(refusal)), ("refused at", where)]
-    rows += [("breaks" if place == 0 else "", rule) for place, rule in enumerate(refusal.rules)]
     decided = f": {refusal.why} ({refusal.by or 'unknown'}, {refusal.at:%Y-%m-%d %H:%M} UTC)" if refusal.at else ""
-    rows += [("status", f"{refusal.status}{decided}"), ("digest", refusal.digest[:12])]
-    for name, value in rows:
-        table.add_row(Text(name, style="dim"), cell(value))
-    for name, value in refusal.values.items():
-        table.add_row(Text(plain(name), style="cyan"), cell(value))
-    return table
+    facts, values = sheet(), sheet()
+    for name, value in {"refused at": where, "status": f"{refusal.status}{decided}", "digest": refusal.digest[:12]}.items():
+        facts.add_row(Text(name, style="dim"), cell(value))
+    for place, rule in enumerate(refusal.rules):
+        facts.add_row(Text("breaks" if place == 0 else "", style="dim"), Text(plain(rule), style="red", overflow="fold"))
+    # What the rules are about comes first.
+    for name in sorted(refusal.values, key=lambda name: not refusal.is_about(name)):
+        values.add_row(Text(plain(name), style="red" if refusal.is_about(name) else "cyan"), cell(refusal.values[name]))
+    console.print(Text(plain(_name(refusal)), style="bold"))
+    console.print(facts)
+    console.print(values)
 
 
 def _sums(account: Account) -> dict[str, Any]:
@@ -395,7 +397,8 @@ def _print_resubmission(done: Resubmission, corrections: Mapping[str, Any], told
     left = f", {entry.quarantined:,} in quarantine" if entry.quarantined else ""
     first = f"Sealed {entry.reference}, a new entry with {counted(len(corrections), 'record')} corrected: {entry.row_count:,} sealed{left}."
     console.print(Text(plain(first)), soft_wrap=True)
-    console.print(Text(plain(f"Answered: {_places(done.answered)}, by decision {done.decision.reference}. {told}")), soft_wrap=True)
+    decided = f"Marked as resubmitted at {_places(done.answered)}; the decision is {done.decision.reference}."
+    console.print(Text(plain(f"{decided} {told}")), soft_wrap=True)
     if not done.agents:
         return
     key = entry.workflow_id.removeprefix(f"{pipeline.name}/")
@@ -403,7 +406,7 @@ def _print_resubmission(done: Resubmission, corrections: Mapping[str, Any], told
     assets = [f"{pipeline.name}/{name}" for agent in done.agents for name in _assets(pipeline, agent)]
     place = "-f definitions.py" if Path("definitions.py").is_file() else "-m YOUR_DEFINITIONS"
     where = f"in the partition {key}" if pipeline.partitions_def else f"in a run with the tag mao/workflow={entry.workflow_id}"
-    console.print(Text(plain(f"\nNext, materialise what is below it, {where}, without {entry.agent}: {', '.join(done.agents)}.").strip()))
+    console.print(Text(plain(f"Next, materialise what is below it, {where}, without {entry.agent}: {', '.join(done.agents)}.")))
     if pipeline.partitions_def:
         console.print(Text(plain(f"  dagster asset materialize {place}{partition} --select '{','.join(assets)}'")), soft_wrap=True)
     first_step = f"select these assets{' with their quarantines' if len(assets) > len(done.agents) else ''}, then Materialize selected"

@@ -11,7 +11,7 @@ from dagster_mao.agent import Agent
 from dagster_mao.dagster.anchors import STATE_VERSION
 from dagster_mao.dagster.metadata import of_seal, reasons_table
 from dagster_mao.pipeline import Pipeline
-from dagster_mao.review.quarantine import Refusal, refusals_of
+from dagster_mao.review.quarantine import Refusal, field_of, refusals_of
 from dagster_mao.state import QUARANTINE_SCHEMA, QUARANTINE_SUFFIX, Seal, StateStore
 
 QUARANTINE_OF = "mao/quarantine_of"
@@ -103,17 +103,14 @@ def _by_rule(found: Sequence[Refusal]) -> list[Mapping[str, Any]]:
 
 
 def _field(rule: str, rows: Sequence[Refusal]) -> str:
-    """The field that a rule is about: rules are called after it, and it is among what came in."""
-    name = rule.partition(":")[0].partition(".")[0].partition("[")[0]
+    """The field that a rule is about, if it is among what came in; a rule may be about the record as a whole."""
+    name = field_of(rule)
     return name if any(name in row.values for row in rows) else ""
 
 
 def _samples(rule: str, rows: Sequence[Refusal]) -> list[dict[str, Any]]:
-    shown = []
-    for row in rows[:_SAMPLES]:
-        field = _field(rule, [row])
-        shown.append({"record": row.record, **({field: row.values[field]} if field and row.values[field] != row.record else {})})
-    return shown
+    name = field_of(rule)
+    return [{"record": row.record, **({name: row.values[name]} if name in row.values else {})} for row in rows[:_SAMPLES]]
 
 
 def _records(found: Sequence[Refusal]) -> dg.TableMetadataValue:

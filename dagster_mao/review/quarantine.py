@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -46,6 +47,10 @@ class Refusal:
         """Whether a person who writes this means this record: by its key in full, or by the first digits of its digest."""
         return self.key == name or (len(name) >= _DIGITS and self.digest.startswith(name))
 
+    def is_about(self, field: str) -> bool:
+        """Whether it broke a rule of this field: rules are called after theirs."""
+        return any(field_of(rule) == field for rule in self.rules)
+
 
 @dataclass(frozen=True)
 class Account:
@@ -69,6 +74,11 @@ class Account:
         held = self.quarantined + self.discarded
         told = self.seal.row_count == self.sealed and self.seal.quarantined == held
         return told and not self.wrong_counts and self.came_in == self.sealed + held
+
+
+def field_of(rule: str) -> str:
+    """The top-level field in the name of a rule ("amount: gt 0", "contact.phone: pattern", "tags[]: ge 1")."""
+    return re.split(r"[:.\[]", rule, maxsplit=1)[0]
 
 
 def refusals(store: StateStore, workflow: str, *, agent: str | None = None, every: bool = False) -> list[Refusal]:

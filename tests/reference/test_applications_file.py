@@ -5,8 +5,10 @@ import pytest
 
 import dagster_mao as mao
 from assets.contracts import PROTECTED, Application
+from assets.pipeline import credit
 from dagster_mao.contract import Contract
 from resources.applications import OUTCOME, ApplicationsFile
+from resources.core_bank import CoreBank
 
 SHIPPED = "data/german_credit.csv"
 
@@ -60,3 +62,31 @@ def test_a_spoilt_file_is_refused_by_the_contract_with_the_field_named(tmp_path,
     spoil(pl.read_csv(SHIPPED)).write_csv(tmp_path / "spoilt.csv")
     verdict = Contract.of(Application).check(ApplicationsFile(path=str(tmp_path / "spoilt.csv")).read())
     assert {failure.field for failure in verdict.failures} == {reason}
+
+
+def test_one_bad_record_is_no_bad_file(tmp_path):
+    """The file to try the quarantine with: three of its forty applications break the contract, one in a personal field."""
+    rows = ApplicationsFile(path="data/day_with_errors.csv").records()
+    bank = CoreBank(path=str(tmp_path / "bank.db"))
+    result = mao.run(credit, rows, resources={"core_bank": bank, "applications_file": ApplicationsFile(path=SHIPPED)})
+    entry = result.seals["applications"]
+    refused = result.store.quarantine(entry).select("record", "rules").rows()
+    assert sorted(refused) == [
+        ("app-0007", ["credit_amount: int_parsing"]),
+        ("app-0018", ["duration_in_month: not null"]),
+        ("app-0031", ["age_in_years: ge 18"]),
+    ]
+    assert (entry.row_count, result["approval"].height) == (37, 37)
+    assert "-36" not in str(result.checks)
+
+
+@pytest.mark.parametrize("spoil", [lambda frame: frame.drop("purpose"), lambda frame: frame.with_columns(notes=pl.lit("?"))])
+def test_wrong_columns_refuse_the_file(tmp_path, spoil):
+    spoil(pl.read_csv(SHIPPED)).write_csv(tmp_path / "wrong.csv")
+    with pytest.raises(mao.InvalidRecordsError, match=r"column too many or too few: '(purpose|notes)'"):
+        ApplicationsFile(path=str(tmp_path / "wrong.csv")).records()
+
+
+def test_a_day_without_applications_has_no_records(tmp_path):
+    (tmp_path / "quiet.csv").write_text(pl.read_csv(SHIPPED).clear().write_csv())
+    assert ApplicationsFile(path=str(tmp_path / "quiet.csv")).records() == []
