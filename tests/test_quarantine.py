@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import polars as pl
 import pytest
+from deltalake import DeltaTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
@@ -34,6 +35,11 @@ class Small(Application):
 class Score(BaseModel):
     application_id: Annotated[str, mao.Key]
     score: int = Field(ge=0, le=10)
+
+
+class Few(BaseModel):
+    application_id: Annotated[str, mao.Key]
+    score: int = Field(le=1)
 
 
 class Income(BaseModel):
@@ -276,6 +282,21 @@ def test_the_quarantine_is_a_delta_table_beside_the_agents(local_store: StateSto
     assert table.select("record", "side", "_workflow", "_version").rows() == [("1", "output", "credit/2026-01-01 é", 0)]
     assert table["attempt"].item() == result.seals["applications"].attempt
     assert verify(local_store).good
+
+
+def test_a_record_refused_twice_is_one_record_and_two_rows_also_for_those_who_count_by_the_delta_log(store: StateStore) -> None:
+    @mao.agent(name="score")
+    def score(applications: Application) -> Score:
+        return Score(application_id=applications.application_id, score=2 if applications.amount > 100 else 1)
+
+    @mao.agent(quarantine=ANY)
+    def both(applications: Small, score: Few) -> Score:
+        return Score(application_id=score.application_id, score=score.score)
+
+    result = run(mao.Pipeline("credit", entry=applications, agents=[score, both]), batch(1, 200), store=store)
+    seal = result.seals["both"]
+    assert (seal.quarantined, store.quarantine(seal).height) == (1, 2)
+    assert DeltaTable(store.objects.url("tables/credit/both_quarantine"), storage_options=store.objects.storage_options).count() == 2
 
 
 @pytest.mark.parametrize("damage", ["changed", "gone"])

@@ -216,6 +216,7 @@ class Step:
             if not self._agent.inputs:
                 self._came_in = rows + self._quarantined()
             self._limit_share()
+            self._tell_quarantined()
             if kept is not None:
                 batch = files.enter_context(_sunk(self._store, self._agent, kept))
             self._expect(batch, rows)
@@ -298,6 +299,12 @@ class Step:
         if self.aside is None:
             return 0
         return len(self.aside.keys) if self._agent.inputs else len(self.aside)
+
+    def _tell_quarantined(self) -> None:
+        """How many were kept out stands beside the rows, which are those that could be judged as rows."""
+        if self.aside is not None:
+            check = self._checks[OUTPUT]
+            self._checks[OUTPUT] = replace(check, metadata={**check.metadata, "quarantined": self._quarantined()})
 
     def _staged_aside(self, files: ExitStack) -> Staged | None:
         return files.enter_context(staged(self._store.objects, self.aside.frame())) if self.aside else None

@@ -234,14 +234,19 @@ def _from_source(inner: Type, value: Any) -> Any:
 def _plain_function(schema: Mapping[str, Any], scope: _Scope) -> Type:
     """A validator alone: the column is the one of the annotation, if that says anything; otherwise text, of a class, or JSON."""
     annotation = _plain_annotation(scope.annotation)
+    if annotation is _AS_TEXT:
+        from_text = values.as_text if scope.branched else values.faithful(values.as_text, None, scope.judge(schema))
+        return Type("text", pl.String(), from_text, exact=False)
     if annotation is None or isinstance(annotation, str):
         return _json(schema, scope)
     inner: Any = TypeAdapter(annotation).core_schema
-    if inner["type"] == "function-plain":
-        node = Type("text", pl.String(), values.faithful(values.as_text, None, scope.judge(schema)))
-    else:
-        node = _compile(inner, replace(scope, definitions=definitions_of(inner)))
-    return replace(node, exact=False, nullable=True, modes=_modes(*node.modes, "wrap"))
+    # The judge is this validator, not the annotation's own; and if that is a validator alone as well, it makes its objects from text.
+    judge = schema if inner["type"] == "function-plain" else inner
+    node = _compile(judge, replace(scope, definitions={**scope.definitions, **definitions_of(inner)}, annotation=_AS_TEXT))
+    return replace(node, exact=False, nullable=not scope.branched, modes=_modes(*node.modes, "wrap"))
+
+
+_AS_TEXT = object()
 
 
 def _branch(name: str) -> Callable[[Mapping[str, Any], _Scope], Type]:
@@ -512,7 +517,7 @@ def _polars_reads(pattern: str) -> bool:
 
 def _text(schema: Mapping[str, Any], scope: _Scope) -> Type:
     """What is made from text and written as text."""
-    name = {"multi-host-url": "url"}.get(schema["type"], schema["type"])
+    name = {"multi-host-url": "url", "fraction": "text"}.get(schema["type"], schema["type"])
     return Type(name, pl.String(), values.faithful(values.as_text, None, scope.judge(schema)), exact=False)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
-from pydantic import BaseModel, SecretBytes, SecretStr
+from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_json
 
 from dagster_mao.contract._types import Field, Type
@@ -123,8 +123,8 @@ def _bare(value: Any) -> Any:
     """Models as what they hold: their own serializers may leave things out, and secrets would be stars."""
     if isinstance(value, BaseModel):
         return {**{name: _bare(v) for name, v in vars(value).items()}, **(value.__pydantic_extra__ or {})}
-    if isinstance(value, (SecretStr, SecretBytes)):
-        return value.get_secret_value()
+    if isinstance(value, (Secret, SecretStr, SecretBytes)):
+        return _bare(value.get_secret_value())
     if isinstance(value, Mapping):
         return {k if isinstance(k, str) else str(k): _bare(v) for k, v in value.items()}
     return [_bare(v) for v in value] if isinstance(value, (list, tuple, set, frozenset)) else value

@@ -113,13 +113,18 @@ def _samples(rule: str, rows: Sequence[Refusal]) -> list[dict[str, Any]]:
     return [{"record": row.record, **({name: row.values[name]} if name in row.values else {})} for row in rows[:_SAMPLES]]
 
 
+def _about(refusal: Refusal) -> Mapping[str, Any]:
+    """What the broken rules are about, for a table that fits the page; all of it where they are about the record as a whole."""
+    return {name: value for name, value in refusal.values.items() if refusal.is_about(name)} or refusal.values
+
+
 def _records(found: Sequence[Refusal]) -> dg.TableMetadataValue:
     names = ("record", "side", "upstream", "rules", "values")
     rows = [
         {
             **{name: getattr(refusal, name) or "" for name in names[:3]},
             "rules": "\n".join(refusal.rules),
-            "values": json.dumps(refusal.values, ensure_ascii=False),
+            "values": json.dumps(_about(refusal), ensure_ascii=False),
         }
         for refusal in found
     ]

@@ -106,7 +106,14 @@ class Projection:
     def _action(self, seal: Seal, file: SealedFile) -> AddAction:
         values = {WORKFLOW_COLUMN: seal.workflow_id, VERSION_COLUMN: str(seal.version)}
         name = file.path.removeprefix(f"{self.path}/")
-        return AddAction(name, file.size_bytes, values, int(time.time() * 1000), True, json.dumps({"numRecords": file.rows}))
+        rows = self._counted(file) if file.rows is None else file.rows
+        return AddAction(name, file.size_bytes, values, int(time.time() * 1000), True, json.dumps({"numRecords": rows}))
+
+    def _counted(self, file: SealedFile) -> int:
+        """Rows by the file's footer: a reader that counts by the log must not be told another number."""
+        options = self._objects.storage_options or None
+        rows = pl.scan_parquet(self._objects.url(file.path), glob=False, storage_options=options).select(pl.len())
+        return int(rows.collect().item())
 
     def _create(self, schema: pl.Schema) -> DeltaTable:
         with reaching(self._objects.root):

@@ -14,12 +14,15 @@ QUARANTINE_SUFFIX = "_quarantine"  # of the table, and of the asset, beside the 
 
 
 class SealedFile(NamedTuple):
-    """A file that a seal vouches for: its path and Delta table relative to the root ("" where it is in no table), its digest and size."""
+    """A file that a seal vouches for: its path and Delta table relative to the root ("" where it is in no table), its digest and size.
+
+    `rows` is None for a quarantine: the seal counts its records, and one record may have been refused several times.
+    """
 
     path: str
     digest: str
     size_bytes: int
-    rows: int
+    rows: int | None
     table: str
 
 
@@ -95,7 +98,7 @@ class Seal(BaseModel):
         found = [SealedFile(self.path, self.digest, self.size_bytes, self.row_count, self.table)] if self.path else []
         if self.quarantine_path and self.quarantine_digest:
             table = f"{self.table}{QUARANTINE_SUFFIX}"
-            found.append(SealedFile(self.quarantine_path, self.quarantine_digest, self.quarantine_bytes or 0, self.quarantined, table))
+            found.append(SealedFile(self.quarantine_path, self.quarantine_digest, self.quarantine_bytes or 0, None, table))
         return tuple(found)
 
     def canonical_digest(self) -> str:

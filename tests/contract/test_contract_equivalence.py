@@ -454,6 +454,14 @@ def accepted(model: type[BaseModel], row: dict[str, Any], specs: dict[str, Kind]
     return True
 
 
+def settled(model: type[BaseModel], one: BaseModel) -> bool:
+    """Whether pydantic itself takes what it made. With to_upper and a pattern of small letters it does not."""
+    try:
+        return repr(model.model_validate(vars(one), by_name=True, by_alias=False)) == repr(one)
+    except ValidationError:
+        return False
+
+
 def compiled(model: type[BaseModel]) -> Contract[Any]:
     try:
         return Contract(model)
@@ -515,6 +523,7 @@ def test_what_passes_can_be_read_back_as_models_and_written_again(shape: str) ->
         contract = compiled(model)
         frame = framed(contract, rows)
         models = list(contract.from_frame(frame.filter(pl.Series([accepted(model, row, specs) for row in frame.to_dicts()]))))
+        models = [one for one in models if settled(model, one)]
         again = contract.to_frame(models)
         assert again.schema == contract.schema
         assert repr(list(contract.from_frame(again))) == repr(models)

@@ -124,12 +124,13 @@ def test_what_the_quarantine_shows(desk):
     }
     rows = table(told.metadata, "mao/records")
     assert [(row["record"], row["side"]) for row in rows] == [("1", "output"), ("2", "output")]
-    assert json.loads(rows[0]["values"]) == {"application_id": "1", "name": "***", "amount": -1}
+    assert [json.loads(row["values"]) for row in rows] == [{"amount": -1}, {"amount": "a lot"}], "what the rules are about"
     score = materialization(result, "score_quarantine")
     assert [(row["record"], row["side"], row["upstream"]) for row in table(score.metadata, "mao/records")] == [
         ("3", "input", "applications")
     ]
     assert materialization(result, "applications").metadata["mao/quarantined"].value == 2
+    assert evaluations(result, "output")["applications"].metadata["quarantined"].value == 2
 
 
 def test_nothing_personal_leaves_the_store(desk):
@@ -155,6 +156,17 @@ def test_only_agents_that_declare_one_have_one_and_it_is_shown_like_its_agent():
     assert aside.kinds == {"delta", "quarantine"}
     assert [dep.asset_key for dep in aside.deps] == [agent.key]
     assert [key.path[-1] for key in build_asset(pipeline(), "decision").keys] == ["decision"]
+
+
+def test_an_op_of_two_assets_is_selected_whole(desk):
+    """Downstream of the agent both are; one alone is refused by Dagster, which names the way out."""
+    job = job_of(desk)
+    agent, aside, below = (dg.AssetKey(["loans", name]) for name in ("score", "score_quarantine", "decision"))
+    with pytest.raises(dg.DagsterInvalidSubsetError, match="required_multi_asset_neighbors"):
+        job.get_subset(asset_selection={agent, below})
+    graph = job.asset_layer.asset_graph
+    assert dg.AssetSelection.assets(agent).downstream().resolve(graph) == {agent, aside, below}
+    assert dg.AssetSelection.assets(agent).required_multi_asset_neighbors().resolve(graph) == {agent, aside}
 
 
 def test_a_translator_changes_the_quarantine_but_not_its_key():
