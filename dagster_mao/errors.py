@@ -6,6 +6,7 @@ shown, masked, by the asset checks.
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 
@@ -96,3 +97,23 @@ class AgentCallError(MaoError):
 
 class UnknownVersionError(MaoError):
     """No such workflow, or no such version of it."""
+
+
+class BreakerOpenError(MaoError):
+    """A circuit breaker is open: the call was not made.
+
+    Attributes: the `breaker` by name, `since` when it is open, `why` (the class of the error that opened it, or what was said by hand), and
+    `retry_after`: the seconds after which a call may be tried again, None when a person has to close it.
+    """
+
+    def __init__(self, breaker: str, *, since: dt.datetime, why: str, retry_after: float | None) -> None:
+        self.breaker, self.since, self.why, self.retry_after = breaker, since, why, retry_after
+        when = "until it is closed by hand" if retry_after is None else f"for another {retry_after:.1f} s"
+        super().__init__(
+            f"The circuit breaker {breaker!r} is open since {since:%Y-%m-%d %H:%M:%S} UTC ({why}): no call is made {when}",
+            fix="mend what the agent calls; `dagster-mao breakers list` shows the breakers, `close` closes one at once",
+        )
+
+
+class UnknownBreakerError(MaoError):
+    """No circuit breaker of that name has been used with this database."""

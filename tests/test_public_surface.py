@@ -31,6 +31,7 @@ ERRORS = {
     "AgentCallError",
     "AgentFailedError",
     "BatchRefusedError",
+    "BreakerOpenError",
     "ContractDefinitionError",
     "FencedError",
     "IncompatibleContractError",
@@ -40,6 +41,7 @@ ERRORS = {
     "StaleStateError",
     "StoreError",
     "TamperedError",
+    "UnknownBreakerError",
     "UnknownVersionError",
     "WiringError",
 }
@@ -76,6 +78,12 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_importing_the_package_does_not_import_dagster():
     code = "import sys, dagster_mao; print([name for name in ('dagster', 'dagster_mao.dagster', 'typer') if name in sys.modules])"
+    assert _python(code) == "[]"
+
+
+def test_importing_the_package_imports_neither_sql_nor_breakers():
+    """What makes no call, or needs nothing shared, does not pay for it."""
+    code = "import sys, dagster_mao, dagster_mao.gateway; print([name for name in ('sqlalchemy', 'pybreaker') if name in sys.modules])"
     assert _python(code) == "[]"
 
 
