@@ -117,3 +117,19 @@ class BreakerOpenError(MaoError):
 
 class UnknownBreakerError(MaoError):
     """No circuit breaker of that name has been used with this database."""
+
+
+class CallTimeoutError(MaoError, TimeoutError):
+    """A call did not answer within its `seconds`. It was ended where that can be done, and may still have taken effect."""
+
+    def __init__(self, what: str, *, seconds: float, **where: Any) -> None:
+        super().__init__(what, **where)
+        self.seconds = seconds
+
+
+class CallProcessError(MaoError):
+    """A call cannot be made in a child process, its answer cannot come back from there, or the process died of it."""
+
+
+class RateLimitError(MaoError):
+    """A call wants more permits at once than its rate limit ever grants."""
