@@ -106,14 +106,14 @@ def test_a_burst_is_granted_whole_and_the_next_when_it_has_left_the_window(store
 
 
 @given(
-    calls=st.integers(1, 400),
+    calls=st.one_of(st.integers(1, 4), st.integers(1, 400)),
     seconds=st.sampled_from([1.0, 60.0, 3600.0]),
     steps=st.lists(
         st.tuples(
-            st.sampled_from([0.0, 1e-6, 0.001, 0.01, 0.2, 0.5, 0.9, 1.01, 30.0]),  # time that passes, in shares of the window
+            st.sampled_from([0.0, 1e-6, 0.001, 0.01, 0.2, 0.5, 0.97, 1.01, 30.0]),  # time that passes, in shares of the window
             st.integers(0, 2),  # the process
             st.sampled_from([1, 1, 1, 1, 3, 50]),  # permits
-            st.floats(0, 1),  # how late it is, in shares of the slack
+            st.sampled_from([0.0, 0.3, 1.0]),  # how late it is, in shares of the slack
             st.sampled_from([1.0, 1.0, 0.0, 0.5]),  # what it uses of them
         ),
         min_size=10,
@@ -140,6 +140,26 @@ def test_no_window_ever_holds_more_than_the_limit(
             limiter.settle(permit, used)
         store.close()
     assert most_in_a_window(uses, seconds) <= calls
+
+
+def test_one_that_is_late_by_the_slack_breaks_nothing(store: SharedStore, clock: Time) -> None:
+    limiter = Limiter(store, "api", 10, 60.0, clock=clock.of_process(0))
+    uses = [(clock.now + limiter.reserve(10) + limiter.slack, 10)]
+    clock.now += 60.2
+    uses += hasty(limiter, clock, [(10, 0.0)])
+    assert most_in_a_window(uses, 60.0) == 10
+
+
+def test_what_a_slow_process_took_and_did_not_use_goes_to_others(store: SharedStore, clock: Time) -> None:
+    slow, other = (Limiter(store, "api", 600, 60.0, clock=clock.of_process(0)) for _ in range(2))
+    used = 0
+    while slow._left < 3:
+        slow.reserve()
+        used += 1
+    clock.now += 1.0
+    slow.reserve()  # gives back what was left, and takes as many as it had used
+    assert other.reserve(600 - used - slow._took) == 0.0
+    assert other.reserve() > 0
 
 
 def hasty(limiter: Any, clock: Time, pauses: list[tuple[int, float]]) -> list[tuple[float, int]]:
