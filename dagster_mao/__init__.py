@@ -13,12 +13,15 @@ from dagster_mao.errors import (
     AgentFailedError,
     BatchRefusedError,
     BreakerOpenError,
+    CallProcessError,
+    CallTimeoutError,
     ContractDefinitionError,
     FencedError,
     IncompatibleContractError,
     InvalidRecordsError,
     MaoError,
     PinError,
+    RateLimitError,
     StaleStateError,
     StoreError,
     TamperedError,
@@ -27,6 +30,7 @@ from dagster_mao.errors import (
     WiringError,
 )
 from dagster_mao.expectations import Expectations
+from dagster_mao.gateway import Breaker, Policy, TransientError
 from dagster_mao.pipeline import ExternalEntry, Pipeline
 from dagster_mao.resubmission import Resubmission, resubmit
 from dagster_mao.run import Result, run
@@ -42,7 +46,10 @@ __all__ = [
     "AgentFailedError",
     "AgentTranslator",
     "BatchRefusedError",
+    "Breaker",
     "BreakerOpenError",
+    "CallProcessError",
+    "CallTimeoutError",
     "ContractDefinitionError",
     "DataFrame",
     "Expectations",
@@ -56,7 +63,9 @@ __all__ = [
     "Personal",
     "PinError",
     "Pipeline",
+    "Policy",
     "Quarantine",
+    "RateLimitError",
     "Resubmission",
     "Result",
     "Seal",
@@ -66,6 +75,7 @@ __all__ = [
     "StateStoreResource",
     "StoreError",
     "TamperedError",
+    "TransientError",
     "UnknownBreakerError",
     "UnknownVersionError",
     "WiringError",

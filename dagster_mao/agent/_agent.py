@@ -25,6 +25,7 @@ from dagster_mao.agent._source import canonical, names_loaded, source_of
 from dagster_mao.contract import Contract
 from dagster_mao.errors import MaoError, WiringError
 from dagster_mao.expectations import Suite, suite_file
+from dagster_mao.gateway import Policy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,8 +49,9 @@ class Agent:
     and of `code_files`), `description` (default: the docstring), `owners`, `tags`, `kinds`, `pool`, `model` as on a Dagster asset, `ins`
     (parameter -> upstream name, where they differ), `concurrency` (async record-wise calls in flight), `code_files` (files and
     directories beside the module that the agent's behaviour depends on), `quarantine` (a `Quarantine`: bad records are set aside; without
-    one, one bad record fails the batch) and `expectations` (about the batch as a whole: a list of Great Expectations'
-    expectations or dicts, an `ExpectationSuite`, the path of a suite file, which counts as a code file, or `Expectations` of these).
+    one, one bad record fails the batch), `policy` (a `Policy`: how its calls are made) and `expectations` (about the batch as a whole: a
+    list of Great Expectations' expectations or dicts, an `ExpectationSuite`, the path of a suite file, which counts as a code file, or
+    `Expectations` of these).
 
     `inputs`, `output` and the like are read from the signature when first asked for and raise WiringError naming agent, field and fix.
     """
@@ -66,6 +68,7 @@ class Agent:
     concurrency: int = 16
     code_files: Sequence[str | Path] = ()
     quarantine: Quarantine | None = None
+    policy: Policy | None = None
     expectations: Any = ()
 
     _namespace: ClassVar[Mapping[str, Any]] = {}
@@ -359,6 +362,8 @@ class Agent:
                 self._wrong(f"`{attribute}` is one string", attribute, f"{attribute}=[{str(value)!r}]")
         if self.quarantine is not None and not isinstance(self.quarantine, Quarantine):
             self._wrong(f"`quarantine` is {self.quarantine!r}", "quarantine", "quarantine=mao.Quarantine(max_share=0.1)")
+        if self.policy is not None and not isinstance(self.policy, Policy):
+            self._wrong(f"`policy` is {self.policy!r}", "policy", "policy=mao.Policy(timeout=30, retries=3)")
         if not isinstance(self.concurrency, int) or self.concurrency < 1:
             self._wrong(f"`concurrency` is {self.concurrency!r}", "concurrency", "a whole number from 1 on")
 
@@ -483,6 +488,7 @@ def agent(
     code_files: Sequence[str | Path] = ...,
     concurrency: int = ...,
     quarantine: Quarantine | None = ...,
+    policy: Policy | None = ...,
     expectations: Any = ...,
 ) -> Callable[[Callable[P, R]], FunctionAgent[P, R]]: ...
 
@@ -503,6 +509,7 @@ def agent(
     code_files: Sequence[str | Path] = (),
     concurrency: int = 16,
     quarantine: Quarantine | None = None,
+    policy: Policy | None = None,
     expectations: Any = (),
 ) -> FunctionAgent[P, R] | Callable[[Callable[P, R]], FunctionAgent[P, R]]:
     """Make an agent of a function: `@agent`, or `@agent(name=..., owners=[...])`. The options are the attributes of `Agent`.
@@ -522,6 +529,7 @@ def agent(
         "code_files": code_files,
         "concurrency": concurrency,
         "quarantine": quarantine,
+        "policy": policy,
         "expectations": expectations,
     }
     caller = sys._getframe(1)

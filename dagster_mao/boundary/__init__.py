@@ -14,12 +14,13 @@ import polars as pl
 
 from dagster_mao.agent import Agent, AgentContext
 from dagster_mao.boundary._call import Call
-from dagster_mao.boundary._checks import OUTPUT, PINNED_BASE, Check, check_names, input_check
+from dagster_mao.boundary._checks import BREAKER, OUTPUT, PINNED_BASE, Check, check_names, input_check
 from dagster_mao.boundary._expect import REPORT
 from dagster_mao.boundary._step import Outcome, Step
+from dagster_mao.gateway import Gateway
 from dagster_mao.state import Attempt, StateStore
 
-__all__ = ["OUTPUT", "PINNED_BASE", "REPORT", "Check", "Outcome", "check_names", "input_check", "run_agent"]
+__all__ = ["BREAKER", "OUTPUT", "PINNED_BASE", "REPORT", "Check", "Outcome", "check_names", "input_check", "run_agent"]
 
 
 def run_agent(
@@ -62,8 +63,12 @@ def run_agent(
             log=log or logging.getLogger(f"dagster_mao.agent.{agent.name}"),
         )
         started = time.perf_counter()
-        call = Call(agent, context, dict(resources or {}), step.aside)
+        gateway = Gateway(agent.policy, f"{attempt.pipeline}.{agent.name}", store.database) if agent.policy else None
+        call = Call(agent, context, dict(resources or {}), step.aside, gateway)
         frame = step.as_frame(call.run(frames) if records is None else records)
+        if gateway:
+            gateway.flush()
+            step.breaker_held()
         return step.seal(
             frame,
             pinned,

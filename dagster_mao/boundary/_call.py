@@ -14,20 +14,25 @@ from pydantic import BaseModel, ValidationError
 from dagster_mao.agent import Agent, AgentContext, Input, Shape
 from dagster_mao.boundary._aside import Aside
 from dagster_mao.contract import has_personal
-from dagster_mao.errors import AgentFailedError, MaoError
+from dagster_mao.errors import AgentFailedError, CallProcessError, CallTimeoutError, MaoError
+from dagster_mao.gateway import Gateway
 
 CHUNK_RECORDS = 10_000  # models alive at a time in a record-wise agent
 _UNMADE = object()
+_OF_THE_CALL = (CallProcessError, CallTimeoutError)  # what the gateway raises in place of what the agent would have
 
 
 class Call:
     """The call of `execute`: once with frames, or once per record.
 
-    With `aside`, a record whose output the agent's code cannot make (pydantic refuses the model) goes there, and the others go on.
+    Each call goes through `gateway` if there is one. With `aside`, a record whose output the agent's code cannot make (pydantic refuses the
+    model) goes there, and the others go on.
     """
 
-    def __init__(self, agent: Agent, context: AgentContext, resources: dict[str, Any], aside: Aside | None) -> None:
-        self._agent, self._context, self._resources, self._aside = agent, context, resources, aside
+    def __init__(
+        self, agent: Agent, context: AgentContext, resources: dict[str, Any], aside: Aside | None, gateway: Gateway | None
+    ) -> None:
+        self._agent, self._context, self._resources, self._aside, self._gateway = agent, context, resources, aside, gateway
 
     def run(self, frames: Mapping[str, pl.LazyFrame]) -> Any:
         agent = self._agent
@@ -50,22 +55,31 @@ class Call:
 
     def _whole(self, values: Mapping[str, Any]) -> Any:
         try:
-            result = self._agent.call(self._context, values, self._resources)
-            return _finished(result) if self._agent.is_async else result
-        except MaoError:
-            raise
+            return _finished(self._acall(values)) if self._agent.is_async else self._call(values)
         except Exception as error:
+            if isinstance(error, MaoError) and not isinstance(error, _OF_THE_CALL):
+                raise
             raise failed(self._agent, error) from cause(self._agent, error)
 
     def _one(self, values: Mapping[str, Any]) -> Any:
         try:
-            return self._agent.call(self._context, values, self._resources)
+            return self._call(values)
         except Exception as error:
             return self._unmade(error, values)
 
+    def _call(self, values: Mapping[str, Any]) -> Any:
+        if self._gateway is None:
+            return self._agent.call(self._context, values, self._resources)
+        return self._gateway.call(self._agent.call, self._context, values, self._resources)
+
+    async def _acall(self, values: Mapping[str, Any]) -> Any:
+        if self._gateway is None:
+            return await self._agent.call(self._context, values, self._resources)
+        return await self._gateway.acall(self._agent.call, self._context, values, self._resources)
+
     def _unmade(self, error: Exception, values: Mapping[str, Any]) -> Any:
         """Sets the record aside if its output broke the contract while it was made and that is wanted; else raises."""
-        if isinstance(error, MaoError):
+        if isinstance(error, MaoError) and not isinstance(error, _OF_THE_CALL):
             raise error
         contract, key = self._agent.output, self._key(values)
         if self._aside is not None and isinstance(error, ValidationError) and error.title == _title(contract.model):
@@ -95,7 +109,7 @@ class Call:
         async def one(values: Mapping[str, Any]) -> Any:
             async with room:
                 try:
-                    return await self._agent.call(self._context, values, self._resources)
+                    return await self._acall(values)
                 except Exception as error:
                     return self._unmade(error, values)
 

@@ -10,7 +10,7 @@ from dagster_mao.agent import Agent
 from dagster_mao.contract import Contract, RuleFailure, Verdict
 from dagster_mao.errors import BatchRefusedError
 
-PINNED_BASE, OUTPUT = "pinned_base", "output"
+PINNED_BASE, BREAKER, OUTPUT = "pinned_base", "breaker", "output"
 
 Severity = Literal["error", "warn"]
 
@@ -36,7 +36,8 @@ def input_check(upstream: str) -> str:
 
 def check_names(agent: Agent) -> list[str]:
     """The checks that every step of this agent evaluates, in order."""
-    return [PINNED_BASE, *(input_check(i.upstream) for i in agent.inputs), OUTPUT, *(e.name for e in agent.suite.expectations)]
+    guarded = [BREAKER] if agent.policy and agent.policy.breaker else []
+    return [PINNED_BASE, *(input_check(i.upstream) for i in agent.inputs), *guarded, OUTPUT, *(e.name for e in agent.suite.expectations)]
 
 
 def judged(

@@ -17,11 +17,12 @@ from pydantic import BaseModel
 from dagster_mao.agent import Agent, Input
 from dagster_mao.boundary._aside import INPUT_SIDE, OUTPUT_SIDE, Aside
 from dagster_mao.boundary._call import CHUNK_RECORDS, cause, failed
-from dagster_mao.boundary._checks import OUTPUT, PINNED_BASE, Check, Severity, input_check, judged, refusal, with_failures
+from dagster_mao.boundary._checks import BREAKER, OUTPUT, PINNED_BASE, Check, Severity, input_check, judged, refusal, with_failures
 from dagster_mao.boundary._expect import expected
 from dagster_mao.contract import Contract, RuleFailure, Sifted, Verdict
 from dagster_mao.errors import (
     AgentFailedError,
+    BreakerOpenError,
     FencedError,
     IncompatibleContractError,
     InvalidRecordsError,
@@ -62,9 +63,22 @@ class Step:
         except MaoError as error:
             if isinstance(error, (PinError, StaleStateError, FencedError, TamperedError)):
                 self._checks[PINNED_BASE] = Check(PINNED_BASE, False, str(error), self._pins_metadata([]))
+            if isinstance(error, BreakerOpenError):
+                facts = {
+                    "breaker": error.breaker,
+                    "since": error.since.isoformat(),
+                    "why": error.why,
+                    "retry_after_seconds": error.retry_after,
+                }
+                self._checks[BREAKER] = Check(BREAKER, False, error.what, facts)
             error.agent, error.workflow = error.agent or self._agent.name, error.workflow or self._attempt.workflow_id
             error.checks = tuple(self._checks.values())
             raise
+
+    def breaker_held(self) -> None:
+        """Notes that no call of the agent was refused."""
+        if self._agent.policy and self._agent.policy.breaker:
+            self._checks[BREAKER] = Check(BREAKER, True, "Closed: all calls were let through")
 
     def keep_aside(self, quarantined: pl.DataFrame) -> None:
         """Keeps in quarantine what was there before. Raises `InvalidRecordsError` when the agent declares none any more."""

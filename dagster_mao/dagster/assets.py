@@ -10,7 +10,7 @@ import dagster as dg
 from pydantic import BaseModel, ValidationError
 
 from dagster_mao.agent import Agent
-from dagster_mao.boundary import OUTPUT, PINNED_BASE, Check, Outcome, check_names, run_agent
+from dagster_mao.boundary import BREAKER, OUTPUT, PINNED_BASE, Check, Outcome, check_names, run_agent
 from dagster_mao.dagster.metadata import of_check, of_seal
 from dagster_mao.dagster.quarantine import data_version, of_quarantine, quarantine_key
 from dagster_mao.dagster.resources import STATE_STORE
@@ -19,6 +19,7 @@ from dagster_mao.dagster.translator import AgentTranslator
 from dagster_mao.errors import (
     AgentCallError,
     BatchRefusedError,
+    BreakerOpenError,
     FencedError,
     IncompatibleContractError,
     InvalidRecordsError,
@@ -36,7 +37,7 @@ IO_MANAGER = "state_io_manager"
 
 _UNPINNED = (FencedError, PinError, StaleStateError, TamperedError)
 # What a second try in the same run cannot mend.
-_FINAL = (*_UNPINNED, AgentCallError, BatchRefusedError, IncompatibleContractError, InvalidRecordsError, WiringError)
+_FINAL = (*_UNPINNED, AgentCallError, BatchRefusedError, BreakerOpenError, IncompatibleContractError, InvalidRecordsError, WiringError)
 _RECORDS = "records"
 
 
@@ -129,6 +130,8 @@ def check_spec(
 def _described(name: str) -> str:
     if name == PINNED_BASE:
         return "Are these the state versions that this attempt may read, and do they descend from one entry?"
+    if name == BREAKER:
+        return "Were all calls let through? An open circuit breaker refuses them, and says since when and why."
     if name == OUTPUT:
         return "Does every record that the agent returned keep the contract, and is there exactly one per record that it was given?"
     return f"Does every record of {name.removeprefix('input_')!r} keep what this agent asks of it?"

@@ -22,11 +22,17 @@ class StateStoreResource(dg.ConfigurableResource[Any]):
         default={}, description="What delta-rs takes for an object store: `AWS_ENDPOINT_URL`, `AWS_REGION` …"
     )
 
+    database: str = Field(
+        default="",
+        description="What processes share at once (breakers, limits) is here: `postgresql://user@host/database`, or the path of an SQLite "
+        "file. By default `shared.db` in a local root; SQLite is for one host.",
+    )
+
     def store(self) -> StateStore:
         """The store; opening it touches nothing. Raises `StoreError` when the root cannot be one."""
-        return _store(self.root, tuple(sorted(self.storage_options.items())))
+        return _store(self.root, tuple(sorted(self.storage_options.items())), self.database)
 
 
 @lru_cache(maxsize=32)
-def _store(root: str, options: tuple[tuple[str, str], ...]) -> StateStore:
-    return StateStore(root, dict(options))
+def _store(root: str, options: tuple[tuple[str, str], ...], database: str) -> StateStore:
+    return StateStore(root, dict(options), database=database or None)

@@ -194,7 +194,8 @@ class SharedBreaker:
         """`now` is the database's time of the row. Only the difference to it counts, so that no two clocks are ever compared."""
         closed = Admission(self, row["generation"]) if row["state"] == STATE_CLOSED else None
         wait = _wait(row, now)
-        until = math.inf if wait is None else self._clock() + wait
+        # A wait that is over must be so for whoever looked at the clock before this.
+        until = math.inf if wait is None else self._clock() + wait if wait else -math.inf
         self._seen = seen = _Seen(row["generation"], closed, until, _at(row["since"] or now), row["why"] or "")
         return seen
 
@@ -215,7 +216,7 @@ class SharedBreaker:
             self._success_at = None
 
     def _refusal(self, seen: _Seen, wait: float) -> BreakerOpenError:
-        retry_after = wait if wait < math.inf else None
+        retry_after = max(0.0, wait) if wait < math.inf else None
         return BreakerOpenError(self._name, since=seen.since, why=seen.why, retry_after=retry_after)
 
     # -- what all processes agree on -------------------------------------------------------------------------------------------------

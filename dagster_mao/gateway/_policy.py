@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from dagster_mao.errors import WiringError
 
@@ -46,8 +44,7 @@ class Policy:
     `timeout`: seconds that one try may take. `retries`: further tries after the first, on `transient` errors only, with exponential backoff
     and jitter, all within `retry_within` seconds; a `retry_after` of the error is honoured. `rate_limit`: calls over all processes, as in
     "60/minute"; agents with the same `rate_key` share it. `breaker`: see `Breaker`; of what `execute` raises, errors of `not_counted`
-    classes are no failure of the called side. `fallback`: called with the same arguments when the tries are used up or the breaker is
-    open; without one the batch fails. `isolate`: each call of a sync agent runs in a child process that can be killed.
+    classes are no failure of the called side. `isolate`: each call of a sync agent runs in a child process that can be killed.
     """
 
     timeout: float | None = None
@@ -58,7 +55,6 @@ class Policy:
     rate_key: str | None = None
     breaker: Breaker | None = None
     not_counted: tuple[type[BaseException], ...] = ()
-    fallback: Callable[..., Any] | None = None
     isolate: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +67,11 @@ class Policy:
             parse_rate(self.rate_limit)
         if self.isolate and self.timeout is None:
             raise _wrong("isolate", True, "give a timeout: a child process is only worth its cost if it can be killed")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether processes must agree on it: it has a breaker or a rate limit."""
+        return self.breaker is not None or self.rate_limit is not None
 
 
 def parse_rate(text: str) -> tuple[int, float]:

@@ -20,6 +20,7 @@ from dagster_mao.state.objects import Objects, safe_name
 from dagster_mao.state.quarantine import DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
 from dagster_mao.state.seal import Kind, Seal, SealedFile
 
+_DATABASE = "shared.db"
 _LONGEST_ID = 230  # it names a folder, and file systems end at 255 bytes
 
 
@@ -28,10 +29,16 @@ class StateStore:
 
     `root` is a folder or an object-store URI, `storage_options` what delta-rs takes for it (`AWS_ENDPOINT_URL` …). Making the object
     touches nothing; reading never creates anything. Raises `StoreError` when the root cannot be a store.
+
+    `database` is the URL of the SQL database, or the path of the SQLite file, through which processes share what they must agree on at
+    once; by default `shared.db` in a local root. None with an object store and no URL: then nothing can be shared.
     """
 
-    def __init__(self, root: str | os.PathLike[str], storage_options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], storage_options: Mapping[str, str] | None = None, *, database: str | None = None
+    ) -> None:
         self.objects = Objects(root, storage_options)
+        self.database = database or (str(self.objects.local / _DATABASE) if self.objects.local is not None else None)
         self._log = StateLog(self.objects)
 
     @property
