@@ -388,3 +388,51 @@ def test_importing_the_gateway_imports_no_database() -> None:
         print("sqlalchemy" in sys.modules)
     """)
     assert done.stdout == "False\n"
+
+
+def alarm() -> float:
+    return signal.getitimer(signal.ITIMER_REAL)[0]
+
+
+def test_the_kernel_ends_a_call_that_nobody_is_left_to_kill() -> None:
+    assert 30 < call_in_child(alarm, (), {}, timeout=30) <= 31
+
+
+def test_a_child_that_never_gets_ready_is_told_and_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for worker in list(_timeout._workers):
+        worker.kill()
+    _timeout._idle.clear()
+    monkeypatch.setattr(_timeout, "STARTUP", 0.05)
+    with pytest.raises(CallTimeoutError, match="was not ready for the call"):
+        call_in_child(double, (1,), {}, timeout=30)
+    assert not _timeout._workers
+
+
+def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import operator
+        from dagster_mao.gateway._timeout import call_in_child
+        call_in_child(operator.add, (1, 2), {}, timeout=30)
+        """)
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "ended before the call" in done.stderr
+    assert "a script that makes calls needs `if __name__ == '__main__':`" in done.stderr
+
+
+def daemon(path: str) -> None:
+    try:
+        call_in_child(double, (1,), {}, timeout=30)
+    except CallProcessError as error:
+        Path(path).write_text(str(error))
+
+
+def test_where_no_child_can_be_started_that_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "error"
+    process = SPAWN.Process(target=daemon, args=(str(path),), daemon=True)
+    process.start()
+    process.join(60)
+    assert "No child process can be started here: daemonic processes" in path.read_text()
