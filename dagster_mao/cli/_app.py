@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +13,7 @@ from typer.core import TyperGroup
 from dagster_mao.cli._print import plain
 from dagster_mao.errors import MaoError
 
-ROOT, HOME = "DAGSTER_MAO_ROOT", "DAGSTER_HOME"
+ROOT, HOME, DATABASE = "DAGSTER_MAO_ROOT", "DAGSTER_HOME", "DAGSTER_MAO_DATABASE"
 
 
 class Commands(TyperGroup):
@@ -43,4 +45,17 @@ Storage = Annotated[
     list[str] | None,
     typer.Option("--storage-option", metavar="KEY=VALUE", help="Storage option for an object store; repeatable.", show_default=False),
 ]
+Database = Annotated[
+    str | None,
+    typer.Option("--database", metavar="URL", help="The shared SQL database, or the path of an SQLite file.", show_default=False),
+]
+By = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides; the user of this terminal when left out.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def me() -> str:
+    """The user of this terminal."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return str(os.getuid())

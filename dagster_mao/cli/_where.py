@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dagster_mao.cli._app import ROOT
+from dagster_mao.cli._app import DATABASE, ROOT
 from dagster_mao.cli._print import misused
 from dagster_mao.errors import StoreError, WiringError
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state.store import StateStore
+
+if TYPE_CHECKING:
+    from dagster_mao.gateway._shared import SharedStore
 
 
 def open_store(root: str | None, storage_option: Sequence[str] | None, *, damaged: bool = False) -> StateStore:
@@ -22,15 +26,47 @@ def open_store(root: str | None, storage_option: Sequence[str] | None, *, damage
     With `damaged`, a store that has lost its log is still one, to be looked into.
     """
     options = _options(storage_option)
-    configured, where = project()
-    said = [(root, "--root"), (os.environ.get(ROOT), f"${ROOT}"), (placed(configured.get("root"), where), str(where))]
-    place, by = next(((place, by) for place, by in said if place), ("", ""))
+    configured, _ = project()
+    place, by = _root(root)
     if not place:
         raise StoreError("No state store is named", fix=f"give --root, set {ROOT}, or put root under [tool.dagster-mao] in pyproject.toml")
     store = StateStore(place, {**configured.get("storage_options", {}), **options})
     if not any(_holds(store, folder) for folder in (("state_log", "tables") if damaged else ("state_log",))):
         raise StoreError(f"There is no state at {store.root} (named by {by})", fix="run the pipeline first, or name another root")
     return store
+
+
+def _root(root: str | None) -> tuple[str, str]:
+    """The root of the store, and what says so; empty when nothing does."""
+    configured, where = project()
+    said = [(root, "--root"), (os.environ.get(ROOT), f"${ROOT}"), (placed(configured.get("root"), where), str(where))]
+    return next(((place, by) for place, by in said if place), ("", ""))
+
+
+def open_shared(database: str | None, root: str | None) -> SharedStore:
+    """The shared database that options, environment and project say, by default the one in a local root. Raises `StoreError` when there
+    is none; creates nothing.
+    """
+    from dagster_mao.gateway._shared import SharedStore  # imports SQLAlchemy, which few commands need
+
+    configured, where = project()
+    url = database or os.environ.get(DATABASE) or placed(_relative(configured.get("database")), where)
+    if not url and (place := _root(root)[0]):
+        url = StateStore(place).database
+    if not url:
+        fix = f"give --database, set {DATABASE}, or put database under [tool.dagster-mao] in pyproject.toml"
+        raise StoreError("No shared database is named", fix=fix)
+    shared = SharedStore(url)
+    if shared.file is not None and not shared.file.exists():
+        fix = "it is made by the first call of an agent with a breaker or a rate limit; or name another by --database"
+        raise StoreError(f"There is no shared database at {shared.file}", fix=fix)
+    return shared
+
+
+def _relative(url: str | None) -> str | None:
+    """The path of an SQLite URL that counts from somewhere: in pyproject.toml that is the file's folder."""
+    found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^/?][^?]*)", url or "")
+    return found[1] if found else url
 
 
 def _holds(store: StateStore, folder: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import getpass
 import json
 import os
 from collections import Counter
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dagster_mao.cli._app import HOME, Json, Root, Storage, app
+from dagster_mao.cli._app import HOME, By, Json, Root, Storage, app, me
 from dagster_mao.cli._print import cell, counted, grid, misused, plain, print_json, sheet, status, terminal
 from dagster_mao.cli._where import load_pipeline, open_store, placed, project
 from dagster_mao.contract import MASK
@@ -32,7 +31,6 @@ commands = typer.Typer(no_args_is_help=True)
 app.add_typer(commands, name="quarantine", help="Records that broke a contract: list, show, correct and resubmit, or discard them.")
 
 Version = Annotated[str, typer.Argument(metavar="WORKFLOW@N", help="The state version that keeps the record in quarantine.")]
-By = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides; the user of this terminal when left out.", show_default=False)]
 
 
 @commands.command("list", epilog="Example: dagster-mao quarantine list credit/2026-01-02")
@@ -115,7 +113,7 @@ def discard_command(
     if not chosen:
         console.print("Nothing is left to discard.")
         return
-    decision = discard(store, chosen, why=why, by=by or _me())
+    decision = discard(store, chosen, why=why, by=by or me())
     told = f"Discarded {_records(chosen)} of {seal.workflow_id}, at {_places(chosen)}. The decision is {decision.reference}."
     console.print(Text(plain(told)), soft_wrap=True)
 
@@ -157,7 +155,7 @@ def resubmit_command(
     corrections = _from_file(from_, own, record) if from_ else {str((record or [""])[0]): _from_options(set_ or [], own)}
     _chosen(seal, found, corrections)
     try:
-        done = resubmit(own, store, seal.workflow_id, corrections, why=why, by=by or _me())
+        done = resubmit(own, store, seal.workflow_id, corrections, why=why, by=by or me())
     except StaleStateError as error:
         error.fix = f"see `dagster-mao quarantine list '{seal.workflow_id}'`, and resubmit what is left"
         raise
@@ -200,13 +198,6 @@ def _chosen(seal: Seal, found: Sequence[Refusal], names: Iterable[str]) -> list[
             raise UnknownVersionError(f"Version {seal.version} has no such record in quarantine", workflow=seal.workflow_id, fix=fix)
         chosen += mine
     return chosen
-
-
-def _me() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        return str(os.getuid())
 
 
 # -- what is corrected ---------------------------------------------------------------------------------------------------------------

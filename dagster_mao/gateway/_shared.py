@@ -136,12 +136,13 @@ class SharedStore:
                 except OSError as error:
                     self._unusable(str(error.strerror or error), error)
                 self._write_ahead(engine)
-            with engine.connect() as connection:
-                connection.execution_options(mao_begin="BEGIN IMMEDIATE", mao_synchronous="FULL")
-                with connection.begin():
-                    if not self._is_sqlite:
-                        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SETUP_LOCK)))
-                    METADATA.create_all(connection)
+            if not wanted <= set(sa.inspect(engine).get_table_names()):  # else there is no writer to wait for
+                with engine.connect() as connection:
+                    connection.execution_options(mao_begin="BEGIN IMMEDIATE", mao_synchronous="FULL")
+                    with connection.begin():
+                        if not self._is_sqlite:
+                            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SETUP_LOCK)))
+                        METADATA.create_all(connection)
             self._made = wanted
             return engine
 

@@ -160,6 +160,9 @@ def serve(pipe: Any) -> None:
                 _skew_pybreaker(use.skew)
                 engine = ENGINES[use.engine](use)
                 pipe.send("ready")
+            elif command == "run":
+                function, *arguments = given
+                pipe.send(function(*arguments))
             elif command == "call":
                 pipe.send(_call(engine, pipe))
             else:
