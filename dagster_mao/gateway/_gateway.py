@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from dagster_mao.gateway._timeout import acall, call_in_child, call_in_thread
 
 if TYPE_CHECKING:
     from dagster_mao.gateway._breaker import Admission, SharedBreaker
-    from dagster_mao.gateway._limit import Limiter
+    from dagster_mao.gateway._limit import Limiter, Permit
     from dagster_mao.gateway._shared import SharedStore
 
 
@@ -56,17 +57,18 @@ class Gateway:
         return await aretry_call(self._policy, lambda _: self._atry(function, args))
 
     def _try(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        admission = self._breaker.admit() if self._breaker else None
-        try:
-            if self._limiter and (wait := self._limiter.reserve()):
-                time.sleep(wait)
-            result = self._timed(function, args)
-        except BaseException as error:
-            _failed(admission, error)
-            raise
-        if admission:
-            admission.succeeded()
-        return result
+        admission = self._admit()
+        if self._limiter:
+            with _given_back(admission):
+                permit = self._limiter.reserve()
+            if permit:
+                # A wait may be longer than a probe's lease, and the breaker may open meanwhile.
+                _release(admission)
+                with self._returning(permit):
+                    time.sleep(permit)
+                    admission = self._admit()
+        with _answering(admission):
+            return self._timed(function, args)
 
     def _timed(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if self._policy.timeout is None:
@@ -75,20 +77,32 @@ class Gateway:
         return timed(function, args, {}, timeout=self._policy.timeout)
 
     async def _atry(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> Any:
-        admission = self._breaker.admit() if self._breaker else None
-        try:
-            if self._limiter and (wait := self._limiter.reserve()):
-                await asyncio.sleep(wait)
+        admission = self._admit()
+        if self._limiter:
+            with _given_back(admission):
+                permit = await self._limiter.areserve()
+            if permit:
+                _release(admission)
+                with self._returning(permit):
+                    await asyncio.sleep(permit)
+                    admission = self._admit()
+        with _answering(admission):
             if self._policy.timeout is None:
-                result = await function(*args)
-            else:
-                result = await acall(function, args, {}, timeout=self._policy.timeout)
-        except BaseException as error:
-            _failed(admission, error)
+                return await function(*args)
+            return await acall(function, args, {}, timeout=self._policy.timeout)
+
+    def _admit(self) -> Admission | None:
+        return self._breaker.admit() if self._breaker else None
+
+    @contextmanager
+    def _returning(self, permit: Permit) -> Iterator[None]:
+        """A permit that was not used, because the wait was interrupted or the breaker opened, is for others."""
+        try:
+            yield
+        except BaseException:
+            if self._limiter:
+                self._limiter.settle(permit, 0)
             raise
-        if admission:
-            admission.succeeded()
-        return result
 
     def flush(self) -> None:
         """Tells other processes what this one knows of the breaker and has not told yet: at the end of a step."""
@@ -96,13 +110,35 @@ class Gateway:
             self._breaker.flush()
 
 
-def _failed(admission: Admission | None, error: BaseException) -> None:
-    if admission is None:
-        return
-    if isinstance(error, Exception):
-        admission.failed(error)
-    else:
-        admission.released()  # the step was interrupted, which says nothing about the called side
+@contextmanager
+def _answering(admission: Admission | None) -> Iterator[None]:
+    """Tells the breaker how the call went."""
+    try:
+        yield
+    except Exception as error:
+        if admission:
+            admission.failed(error)
+        raise
+    except BaseException:  # the step was interrupted, which says nothing about the called side
+        _release(admission)
+        raise
+    if admission:
+        admission.succeeded()
+
+
+@contextmanager
+def _given_back(admission: Admission | None) -> Iterator[None]:
+    """An admission that came to no call is for others."""
+    try:
+        yield
+    except BaseException:
+        _release(admission)
+        raise
+
+
+def _release(admission: Admission | None) -> None:
+    if admission:
+        admission.released()
 
 
 @lru_cache(maxsize=8)
