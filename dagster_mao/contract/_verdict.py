@@ -6,7 +6,7 @@ import base64
 import datetime as dt
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from dagster_mao.contract._types import Field, Type
 
 MASK = "***"
 LONGEST_TEXT = 200  # characters of a sample value; a report is no place for a document
+_LONGEST_INT = 10_000  # bits that Python writes and reads as decimal digits without being told to
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,17 @@ def _cut(text: str) -> str:
 def text_of(record: Any) -> str:
     """A record as JSON text, whatever it holds: nothing that came in is lost, and nothing is masked."""
     try:
-        return to_json(_bare(record), fallback=str, inf_nan_mode="strings", bytes_mode="base64").decode()
+        return to_json(_bare(record), fallback=_told, inf_nan_mode="strings", bytes_mode="base64").decode()
     except Exception:
         # It contains itself, or text that is no UTF-8.
-        return json.dumps(repr(record))
+        return json.dumps(_told(record, repr))
+
+
+def _told(value: Any, how: Callable[[Any], str] = str) -> str:
+    try:
+        return how(value)
+    except Exception:  # of its own: what came in may be anything
+        return object.__repr__(value)
 
 
 def _bare(value: Any) -> Any:
@@ -125,6 +133,8 @@ def _bare(value: Any) -> Any:
         return {**{name: _bare(v) for name, v in vars(value).items()}, **(value.__pydantic_extra__ or {})}
     if isinstance(value, (Secret, SecretStr, SecretBytes)):
         return _bare(value.get_secret_value())
+    if isinstance(value, int) and value.bit_length() > _LONGEST_INT:
+        return hex(value)
     if isinstance(value, Mapping):
-        return {k if isinstance(k, str) else str(k): _bare(v) for k, v in value.items()}
+        return {k if isinstance(k, str) else _told(k): _bare(v) for k, v in value.items()}
     return [_bare(v) for v in value] if isinstance(value, (list, tuple, set, frozenset)) else value
