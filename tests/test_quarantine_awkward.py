@@ -103,6 +103,7 @@ def test_whatever_came_in_is_kept_and_the_good_records_go_on(local_store: StateS
     assert {"text", "long", "endless", "bytes", "../../etc/'\"\\;\u202e\n\x00", "", "tuple"} <= set(held["record"])
     assert held.filter(pl.col("rules").list.len() == 0).is_empty()
     assert [json.loads(text) for column in ("values", "masked") for text in held[column]]
+    assert json.loads(held.filter(record="text")["values"].item()) == {"loan_id": "text", "amount": "\\udfff"}
     long = json.loads(held.filter(record="long")["values"].item())["amount"]
     assert int(long, 16) == -(10**5000)
     assert verify(local_store).good

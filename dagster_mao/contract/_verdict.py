@@ -116,7 +116,7 @@ def text_of(record: Any) -> str:
     try:
         return to_json(_bare(record), fallback=_told, inf_nan_mode="strings", bytes_mode="base64").decode()
     except Exception:
-        # It contains itself, or text that is no UTF-8.
+        # It contains itself, or is nested too deep.
         return json.dumps(_told(record, repr))
 
 
@@ -128,13 +128,15 @@ def _told(value: Any, how: Callable[[Any], str] = str) -> str:
 
 
 def _bare(value: Any) -> Any:
-    """Models as what they hold: their own serializers may leave things out, and secrets would be stars."""
+    """Models as what they hold: their own serializers may leave things out, and secrets would be stars. Text as UTF-8 can hold it."""
     if isinstance(value, BaseModel):
         return {**{name: _bare(v) for name, v in vars(value).items()}, **(value.__pydantic_extra__ or {})}
     if isinstance(value, (Secret, SecretStr, SecretBytes)):
         return _bare(value.get_secret_value())
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, int) and value.bit_length() > _LONGEST_INT:
         return hex(value)
     if isinstance(value, Mapping):
-        return {k if isinstance(k, str) else _told(k): _bare(v) for k, v in value.items()}
+        return {_bare(k if isinstance(k, str) else _told(k)): _bare(v) for k, v in value.items()}
     return [_bare(v) for v in value] if isinstance(value, (list, tuple, set, frozenset)) else value
