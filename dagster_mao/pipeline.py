@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
-from dagster_mao.agent import NAME, Agent, Input, Shape
+from dagster_mao.agent import NAME, Agent, Input, Quarantine, Shape
 from dagster_mao.contract import Contract, compare, unmarked_personal
 from dagster_mao.errors import MaoError, WiringError
 from dagster_mao.state import QUARANTINE_SUFFIX
@@ -20,10 +20,17 @@ from dagster_mao.state import QUARANTINE_SUFFIX
 class ExternalEntry(Agent):
     """An existing asset as the entry: its key and the contract of its rows. Its batches are handed in, so that it executes nothing.
 
-    `name` is what agents read it under; by default the end of the key.
+    `name` is what agents read it under; by default the end of the key. With a `quarantine`, its bad records are set aside.
     """
 
-    def __init__(self, asset_key: Any, contract: type[BaseModel] | Contract[Any], name: str | None = None) -> None:
+    def __init__(
+        self,
+        asset_key: Any,
+        contract: type[BaseModel] | Contract[Any],
+        name: str | None = None,
+        *,
+        quarantine: Quarantine | None = None,
+    ) -> None:
         path = _path(asset_key)
         if path is None:
             raise WiringError(f"{asset_key!r} is no asset key", field="entry", fix='give "a/b", ["a", "b"] or an AssetKey')
@@ -31,6 +38,7 @@ class ExternalEntry(Agent):
         self.contract: Contract[Any] = contract if isinstance(contract, Contract) else Contract.of(contract)
         self.description = f"The asset {'/'.join(path)} as it came in."
         self.version = f"sha256:{self.contract.hash[:12]}"
+        self.quarantine = quarantine
 
     def execute(self) -> NoReturn:
         """Raises WiringError: there is nothing to execute, the rows of the asset are to be handed in."""

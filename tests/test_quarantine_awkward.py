@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 
 import dagster_mao as mao
 from dagster_mao.boundary import run_agent
-from dagster_mao.errors import BatchRefusedError
+from dagster_mao.errors import AgentFailedError, BatchRefusedError
 from dagster_mao.run import run
 from dagster_mao.state import StateStore
 from dagster_mao.state.verify import verify
@@ -228,3 +228,18 @@ def test_running_again_seals_the_same_quarantine_in_whatever_order_the_calls_end
     assert versions == [("loans", 0, False), ("score", 1, False), ("loans", 0, True), ("score", 1, True)]
     assert store.quarantine(outcome.seal)["record"].to_list() == ["1", "2", "3"]
     assert verify(store).good
+
+
+EXTERNAL = mao.Pipeline("credit", entry=mao.ExternalEntry("raw/loans", contract=Loan, quarantine=ANY))
+
+
+def test_an_existing_asset_as_entry_may_have_a_quarantine(local_store: StateStore) -> None:
+    seal = run(EXTERNAL, batch(1, -1, 2), store=local_store).seals["loans"]
+    assert (seal.row_count, seal.quarantined) == (2, 1)
+
+
+@pytest.mark.parametrize("convert", ["to_pandas", "to_arrow"])
+def test_a_frame_of_another_library_is_not_taken_for_the_names_of_its_columns(local_store: StateStore, convert: str) -> None:
+    frame = getattr(pl.DataFrame(batch(1.0, 2.0)), convert)()
+    with pytest.raises(AgentFailedError, match="neither records nor a polars frame"):
+        run(EXTERNAL, frame, store=local_store)

@@ -172,9 +172,10 @@ class Step:
             frame = result.lazy()
         elif isinstance(result, BaseModel):
             frame = self._to_frame([result])
-        elif isinstance(result, Iterable) and not isinstance(result, (str, bytes, Mapping)):
+        elif isinstance(result, Iterable) and not isinstance(result, (str, bytes, Mapping)) and not hasattr(result, "__arrow_c_stream__"):
             frame = self._to_frame(result)
         else:
+            # Another library's frame is iterable, by the names of its columns: they are no records, and no quarantine is to have them.
             what = f"It returned {type(result).__name__}, neither records nor a polars frame"
             raise AgentFailedError(what, agent=self._agent.name, fix=f"return {self._output.name} records or a frame of them")
         try:
