@@ -230,6 +230,18 @@ def test_running_again_seals_the_same_quarantine_in_whatever_order_the_calls_end
     assert verify(store).good
 
 
+def test_what_is_set_aside_anew_is_a_new_version_though_the_good_records_are_the_same(local_store: StateStore) -> None:
+    """A run that is executed again may meet other bad records: none of them may be lost."""
+    pipeline, seals = mao.Pipeline("credit", entry=loans), []
+    for run_id, bad in (("root", -1), ("again", -2)):
+        attempt = local_store.open_attempt(
+            pipeline="credit", attempt="root", run_id=run_id, lineage=["root", run_id], plan=["loans"], entry="loans", workflow_key="a"
+        )
+        seals.append(run_agent(local_store, pipeline.entry, attempt, records=batch(1, bad)).seal)
+    assert [(seal.version, seal.digest == seals[0].digest) for seal in seals] == [(0, True), (1, True)]
+    assert [json.loads(local_store.quarantine(seal)["values"].item())["amount"] for seal in seals] == [-1, -2]
+
+
 EXTERNAL = mao.Pipeline("credit", entry=mao.ExternalEntry("raw/loans", contract=Loan, quarantine=ANY))
 
 

@@ -150,8 +150,9 @@ class Contract(Generic[M]):
         """Rows sealed under the contract that `recorded` describes, as rows of this one: its columns, in its order, exactly typed.
 
         What the rows lack is filled in with the fields' defaults, what this contract has not is left out, at any depth. No value changes.
-        Raises IncompatibleContractError, naming field and reason, when they cannot be read: a field without a default is missing, a type is
-        another, or no value that the one allows passes the other. Bounds that are only narrower are for `check` to judge, with the rows.
+        Raises IncompatibleContractError, naming field and reason, when they cannot be read: a field without a default is missing, a type or
+        the key is another, or no value that the one allows passes the other. Bounds that are only narrower are for `check` to judge, with
+        the rows.
         """
         return upgraded(self, frame, recorded)
 
