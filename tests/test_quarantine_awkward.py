@@ -255,3 +255,15 @@ def test_a_frame_of_another_library_is_not_taken_for_the_names_of_its_columns(lo
     frame = getattr(pl.DataFrame(batch(1.0, 2.0)), convert)()
     with pytest.raises(AgentFailedError, match="neither records nor a polars frame"):
         run(EXTERNAL, frame, store=local_store)
+
+
+def test_records_that_are_missing_are_set_aside_in_the_order_of_their_keys(local_store: StateStore) -> None:
+    """A streaming join keeps no order, and the same records are to be the same bytes."""
+
+    @mao.agent(quarantine=ANY)
+    def forgetful(loans: mao.LazyFrame[Loan]) -> mao.LazyFrame[Loan]:
+        return loans.head(1)
+
+    records = [{"loan_id": key, "amount": 1} for key in ("c", "b", "d", "a")]
+    result = run(mao.Pipeline("credit", entry=loans, agents=[forgetful]), records, store=local_store)
+    assert local_store.quarantine(result.seals["forgetful"])["record"].to_list() == ["a", "b", "d"]
