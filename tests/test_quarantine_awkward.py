@@ -109,6 +109,47 @@ def test_whatever_came_in_is_kept_and_the_good_records_go_on(local_store: StateS
     assert verify(local_store).good
 
 
+def test_without_a_quarantine_whatever_came_in_is_refused_and_told_as_json(local_store: StateStore) -> None:
+    @mao.agent(name="loans")
+    def strict() -> list[Loan]:
+        return []
+
+    for record in ODD:
+        with pytest.raises(BatchRefusedError) as refused:
+            run(mao.Pipeline("credit", entry=strict), [record], store=local_store)
+        assert json.dumps([check.metadata for check in refused.value.checks], ensure_ascii=False).encode()
+
+
+class Telltale:
+    def __str__(self) -> str:
+        raise ValueError(SECRET)
+
+
+class Loose(BaseModel):
+    loan_id: Annotated[str, mao.Key]
+    anything: Annotated[Any, mao.Personal] = None
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (SECRET.encode() + b"\xff", "anything: holds bytes that are no UTF-8"),
+        (Telltale(), "anything: has no text (ValueError)"),
+        ({SECRET: Telltale()}, "anything: has no text (ValueError)"),
+        (Untold(), "anything: has no text (RuntimeError)"),
+    ],
+)
+def test_what_cannot_be_written_says_why_and_no_value(local_store: StateStore, value: Any, rule: str) -> None:
+    @mao.agent(quarantine=ANY)
+    def loose() -> list[Loose]:
+        return [Loose.model_construct(loan_id="1", anything=value)]
+
+    result = run(mao.Pipeline("credit", entry=loose), store=local_store)
+    (row,) = local_store.quarantine(result.seals["loose"]).to_dicts()
+    assert (row["rules"], json.loads(row["masked"])) == ([rule], {"loan_id": "1", "anything": "***"})
+    assert SECRET not in str(result.checks)
+
+
 class Dated(BaseModel):
     loan_id: Annotated[str, mao.Key]
     day: dt.date

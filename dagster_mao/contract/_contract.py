@@ -309,8 +309,12 @@ def _unfit(value: Any, node: Type) -> str | None:
     """Why the value is none of the column's; None where it is."""
     try:
         plain_value = encoded(value, node)
+    except UnicodeError:
+        return "holds bytes that are no UTF-8"  # the error's own text quotes some of them
     except (TypeError, ValueError, RecursionError) as error:
         return str(error)
+    except Exception as error:
+        return f"cannot be written ({type(error).__name__})"
     try:
         pl.Series([plain_value], dtype=node.dtype, strict=True)
     except Exception:

@@ -98,13 +98,15 @@ def plain(value: Any) -> Any:
     """A scalar as JSON can say it."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, int) and value.bit_length() > _LONGEST_INT:
+        return _cut(hex(value))
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, bytes):
         return _cut(base64.b64encode(value[: LONGEST_TEXT + 1]).decode())
     if isinstance(value, (dt.date, dt.datetime)):
         return value.isoformat()
-    return _cut(str(value))
+    return _cut(_utf8(_told(value)))
 
 
 def _cut(text: str) -> str:
@@ -118,6 +120,10 @@ def text_of(record: Any) -> str:
     except Exception:
         # It contains itself, or is nested too deep.
         return json.dumps(_told(record, repr))
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _told(value: Any, how: Callable[[Any], str] = str) -> str:
@@ -134,7 +140,7 @@ def _bare(value: Any) -> Any:
     if isinstance(value, (Secret, SecretStr, SecretBytes)):
         return _bare(value.get_secret_value())
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        return _utf8(value)
     if isinstance(value, int) and value.bit_length() > _LONGEST_INT:
         return hex(value)
     if isinstance(value, Mapping):
