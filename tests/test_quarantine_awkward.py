@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import polars as pl
 import pytest
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 import dagster_mao as mao
 from dagster_mao.boundary import run_agent
@@ -118,6 +118,37 @@ def test_without_a_quarantine_whatever_came_in_is_refused_and_told_as_json(local
         with pytest.raises(BatchRefusedError) as refused:
             run(mao.Pipeline("credit", entry=strict), [record], store=local_store)
         assert json.dumps([check.metadata for check in refused.value.checks], ensure_ascii=False).encode()
+
+
+class Numbered(BaseModel):
+    number: Annotated[int, mao.Key] = Field(validation_alias=AliasChoices("no", "nr"))
+    amount: float = Field(gt=0)
+
+
+class Named(BaseModel):
+    model_config = ConfigDict(str_strip_whitespace=True, str_to_lower=True)
+
+    count: Annotated[str, mao.Key]  # a method of text, too
+    amount: float = Field(gt=0)
+
+
+DOUBLED: list[tuple[type[BaseModel], list[Any], list[str | None]]] = [
+    (Numbered, [{"nr": "7 ", "amount": -1}, {"no": 7.0, "amount": -1}, {"number": 7, "amount": 1}, "no record"], ["7", "7", "7", None]),
+    (Named, [{"count": " A", "amount": -1}, {"count": "a", "amount": 1}, "no record"], ["a", "a", None]),
+]
+
+
+@pytest.mark.parametrize(("model", "records", "held"), DOUBLED)
+def test_a_key_that_comes_twice_is_known_however_it_is_written(
+    local_store: StateStore, model: Any, records: list[Any], held: list[str | None]
+) -> None:
+    @mao.agent(quarantine=ANY)
+    def cases() -> list[model]:
+        return records
+
+    seal = run(mao.Pipeline("credit", entry=cases), store=local_store).seals["cases"]
+    assert seal.row_count == 0
+    assert sorted(local_store.quarantine(seal)["record"], key=str) == sorted(held, key=str)
 
 
 class Telltale:
@@ -308,3 +339,16 @@ def test_records_that_are_missing_are_set_aside_in_the_order_of_their_keys(local
     records = [{"loan_id": key, "amount": 1} for key in ("c", "b", "d", "a")]
     result = run(mao.Pipeline("credit", entry=loans, agents=[forgetful]), records, store=local_store)
     assert local_store.quarantine(result.seals["forgetful"])["record"].to_list() == ["a", "b", "d"]
+
+
+def test_a_record_that_nobody_asked_for_refuses_the_batch_also_beside_one_that_is_missing(local_store: StateStore) -> None:
+    """The missing one alone would be set aside, with a warning; a warning that comes later takes no error back."""
+
+    @mao.agent(quarantine=ANY)
+    def renaming(loans: mao.LazyFrame[Loan]) -> mao.LazyFrame[Loan]:
+        return loans.with_columns(loan_id=pl.col("loan_id") + "-new")
+
+    with pytest.raises(BatchRefusedError, match="never read") as refused:
+        run(mao.Pipeline("credit", entry=loans, agents=[renaming]), batch(1, 2), store=local_store, workflow="day")
+    assert [check.severity for check in refused.value.checks if not check.passed] == ["error"]
+    assert [seal.agent for seal in local_store.seals("credit/day")] == ["loans"]
