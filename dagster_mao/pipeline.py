@@ -11,19 +11,27 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
-from dagster_mao.agent import NAME, Agent, Input, Shape
+from dagster_mao.agent import NAME, Agent, Input, Quarantine, Shape
 from dagster_mao.contract import Contract, compare, unmarked_personal
 from dagster_mao.errors import MaoError, WiringError
+from dagster_mao.gateway import parse_rate
 from dagster_mao.state import QUARANTINE_SUFFIX
 
 
 class ExternalEntry(Agent):
     """An existing asset as the entry: its key and the contract of its rows. Its batches are handed in, so that it executes nothing.
 
-    `name` is what agents read it under; by default the end of the key.
+    `name` is what agents read it under; by default the end of the key. With a `quarantine`, its bad records are set aside.
     """
 
-    def __init__(self, asset_key: Any, contract: type[BaseModel] | Contract[Any], name: str | None = None) -> None:
+    def __init__(
+        self,
+        asset_key: Any,
+        contract: type[BaseModel] | Contract[Any],
+        name: str | None = None,
+        *,
+        quarantine: Quarantine | None = None,
+    ) -> None:
         path = _path(asset_key)
         if path is None:
             raise WiringError(f"{asset_key!r} is no asset key", field="entry", fix='give "a/b", ["a", "b"] or an AssetKey')
@@ -31,6 +39,7 @@ class ExternalEntry(Agent):
         self.contract: Contract[Any] = contract if isinstance(contract, Contract) else Contract.of(contract)
         self.description = f"The asset {'/'.join(path)} as it came in."
         self.version = f"sha256:{self.contract.hash[:12]}"
+        self.quarantine = quarantine
 
     def execute(self) -> NoReturn:
         """Raises WiringError: there is nothing to execute, the rows of the asset are to be handed in."""
@@ -90,6 +99,7 @@ class Pipeline:
         for reader in self.agents.values():
             self._check_contracts(reader)
             self._check_keys(reader)
+        self._check_policies()
 
     def __repr__(self) -> str:
         return f"<pipeline {self.name}: {' '.join(self.order)}>"
@@ -251,6 +261,19 @@ class Pipeline:
             if key == returned and dtype != reader.output.schema[key]:
                 what = f"agent {reader.name!r} reads {key!r} of {upstream!r} as {dtype} and returns it as {reader.output.schema[key]}"
                 self._wrong(what, reader.name, key, "give it the same type on both sides, or the returned key another name")
+
+    def _check_policies(self) -> None:
+        """What agents share by name they must declare alike: a breaker that trips at two and at five failures is none."""
+        shared: dict[tuple[str, str], tuple[Agent, Any]] = {}
+        for one in self.agents.values():
+            breaker, rate = (one.policy.breaker, one.policy.rate_limit) if one.policy else (None, None)
+            named = {("breaker", breaker.name): breaker} if breaker and breaker.name else {}
+            limited = {("rate_key", one.policy.rate_key): parse_rate(rate)} if one.policy and one.policy.rate_key and rate else {}
+            for name, declared in {**named, **limited}.items():
+                other, before = shared.setdefault(name, (one, declared))
+                if before != declared:
+                    what = f"agents {other.name!r} and {one.name!r} share the {name[0]} {name[1]!r} and declare it differently"
+                    self._wrong(what, one.name, name[0], "declare it alike, or give it two names")
 
     def _wrong(self, what: str, agent: str | None, field: str | None, fix: str) -> NoReturn:
         raise WiringError(f"Pipeline {self.name!r}: {what}", agent=agent, field=field, fix=fix)

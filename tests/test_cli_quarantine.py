@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import dagster as dg
 import pytest
+from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
 import dagster_mao as mao
@@ -180,6 +181,28 @@ def test_show(project: Path) -> None:
     for reference, code, said in (("@9", 1, "No version 9"), ("", 2, "write WORKFLOW@N")):
         assert said in call("show", f"{DAY}{reference}", code=code).stderr
     assert "no such record" in call("show", f"{DAY}@0", "--record", "0", code=1).stderr
+
+
+class Person(BaseModel):
+    name: Annotated[str, mao.Key, mao.Personal]
+    amount: int = Field(gt=0)
+
+
+@mao.agent(quarantine=mao.Quarantine(max_share=1))
+def people() -> list[Person]:
+    return []
+
+
+def test_records_whose_key_is_personal_are_named_by_their_digest(project: Path) -> None:
+    store = mao.StateStore(project / "state")
+    mao.run(mao.Pipeline("people", entry=people), [{"name": SECRET, "amount": -1}], store=store, workflow="day")
+    (row,) = told(call("list", "--json"))
+    assert row["record"] == "***"
+    digest = row["digest"][:12]
+    for command in (["list"], ["show", "people/day@0"]):
+        assert digest in call(*command).stdout
+    call("discard", "people/day@0", "--record", digest, "--why", "no customer")
+    assert call("list").stdout.startswith("No record is open.")
 
 
 # discard ----------------------------------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import polars as pl
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from dagster_mao.contract import Contract, Refused, RuleFailure, hide
+from dagster_mao.contract import MASK, Contract, Refused, RuleFailure, broken_records, by_field, by_name, has_personal, hide, text_of
 from dagster_mao.state import QUARANTINE_SCHEMA
 
 INPUT_SIDE, OUTPUT_SIDE = "input", "output"
@@ -44,32 +45,36 @@ class Aside:
 
     def add_rows(self, side: str, upstream: str | None, contract: Contract[Any], broken: pl.DataFrame) -> None:
         """Rows that `Contract.sift` found broken."""
-        rules = broken["_rules"].to_list()
-        for row, its_rules in zip(broken.select(contract.schema.names()).iter_rows(named=True), rules, strict=True):
-            self._add(row.get(str(contract.key)), side, upstream, its_rules, _json(row), contract)
+        for row, rules in broken_records(broken):
+            values = _json(row)
+            self._add(row.get(str(contract.key)), side, upstream, rules, values, _masked(json.loads(values), contract))
 
     def add_refused(self, side: str, contract: Contract[Any], refused: Iterable[Refused]) -> None:
         """Records that could not even be rows."""
         for one in refused:
-            self._add(one.key, side, None, one.rules, one.values, contract)
+            told = json.loads(one.values)
+            named = by_field(contract.fields, told) if isinstance(told, dict) else told
+            self._add(one.key, side, None, one.rules, one.values, _masked(named, contract))
 
     def add_keys(self, side: str, upstream: str | None, contract: Contract[Any], keys: Iterable[Any], rule: str) -> None:
         """Records of which there is nothing but the key: missing on one side."""
         for key in keys:
-            self._add(key, side, upstream, [rule], _json({str(contract.key): key}), contract)
+            record = {str(contract.key): key}
+            self._add(key, side, upstream, [rule], _json(record), _masked(record, contract))
 
     def add_unmade(self, contract: Contract[Any], key: Any, error: ValidationError) -> None:
         """A record whose output the agent's own code could not make: what pydantic refused, by field."""
-        refused = {".".join(map(str, e["loc"])) or "record": e["input"] for e in error.errors(include_url=False)}
-        self._add(key, OUTPUT_SIDE, None, contract.rules_broken(error), _json(refused), contract)
+        refused = {e["loc"]: e["input"] for e in error.errors(include_url=False)}
+        values = text_of({_path(where): value for where, value in refused.items()})
+        self._add(key, OUTPUT_SIDE, None, contract.rules_broken(error), values, _masked_parts(json.loads(values), refused, contract))
 
     def keep(self, quarantined: pl.DataFrame) -> None:
         """What was set aside before, as it was: judged again from its JSON it might be another record."""
         self._rows += quarantined.select(QUARANTINE_SCHEMA.names()).to_dicts()
         self.keys |= set(quarantined["record"].drop_nulls())
 
-    def _add(self, key: Any, side: str, upstream: str | None, rules: Iterable[str], values: str, contract: Contract[Any]) -> None:
-        record = None if key is None else str(key)
+    def _add(self, key: Any, side: str, upstream: str | None, rules: Iterable[str], values: str, masked: str) -> None:
+        record = None if key is None else _text(key)
         if record is not None:
             self.keys.add(record)
         self._rows.append(
@@ -79,7 +84,7 @@ class Aside:
                 "upstream": upstream,
                 "rules": list(rules),
                 "values": values,
-                "masked": _masked(values, contract),
+                "masked": masked,
                 "digest": hashlib.sha256(values.encode()).hexdigest(),
                 "attempt": self._attempt,
             }
@@ -98,14 +103,50 @@ def _failure(contract: Contract[Any], rule: str, rows: Sequence[Mapping[str, Any
     return RuleFailure(rule, field, len(rows), tuple(told))
 
 
-def _json(row: Mapping[str, Any]) -> str:
-    return to_json(row, inf_nan_mode="strings", bytes_mode="base64", fallback=str).decode()
+def _text(key: Any) -> str | None:
+    """The key as a column of text can hold it; None where it has no text. What came in as a key may be anything."""
+    try:
+        return str(key).encode("utf-8", "backslashreplace").decode()
+    except Exception:
+        return None
 
 
-def _masked(values: str, contract: Contract[Any]) -> str:
-    told = json.loads(values)
-    if not isinstance(told, dict):
-        return _json({"record": hide(None, told)})
-    fields = {field["name"]: field for field in contract.describe()["fields"]}
-    # What came in under a name that the contract does not have may be anything: it is masked.
-    return _json({name: hide(fields.get(name.partition(".")[0]), value) for name, value in told.items()})
+def _json(values: Any) -> str:
+    return to_json(values, inf_nan_mode="strings", bytes_mode="base64", fallback=str).decode()
+
+
+def _path(where: Sequence[int | str]) -> str:
+    return ".".join(map(str, where)) or "record"
+
+
+@lru_cache
+def _described(contract: Contract[Any]) -> dict[str, Mapping[str, Any]]:
+    return by_name(contract.describe())
+
+
+def _masked(record: Any, contract: Contract[Any]) -> str:
+    """A whole record as it may be shown. What came in under a name that the contract does not have may be anything: it is masked."""
+    if not isinstance(record, dict):
+        return _json({"record": MASK})
+    fields = _described(contract)
+    return _json({name: hide(fields.get(name), value) for name, value in record.items()})
+
+
+def _masked_parts(values: Any, refused: Iterable[Sequence[int | str]], contract: Contract[Any]) -> str:
+    """What was refused in a record, by where it stands, as it may be shown."""
+    if not isinstance(values, dict):
+        return _json({"record": MASK})
+    return _json(dict(_masked_part(values[_path(where)], where, contract) for where in refused))
+
+
+def _masked_part(value: Any, where: Sequence[int | str], contract: Contract[Any]) -> tuple[str, Any]:
+    if not where:
+        return "record", MASK
+    top = str(where[0])
+    if len(where) == 1:
+        ((name, held),) = by_field(contract.fields, {top: value}).items()
+        return name, hide(_described(contract).get(name), held)
+    # Further down only what has no parts of its own, and where nothing is personal: not even the way there, which has the keys of dicts.
+    meant = [_described(contract)[field.name] for field in contract.fields if top in (field.name, field.alias)]
+    hidden = not meant or any(map(has_personal, meant)) or isinstance(value, (dict, list))
+    return (top, MASK) if hidden else (_path(where), value)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
@@ -18,8 +19,13 @@ from dagster_mao.errors import AgentFailedError, CallProcessError, CallTimeoutEr
 from dagster_mao.gateway import Gateway
 
 CHUNK_RECORDS = 10_000  # models alive at a time in a record-wise agent
-_UNMADE = object()
 _OF_THE_CALL = (CallProcessError, CallTimeoutError)  # what the gateway raises in place of what the agent would have
+
+
+@dataclass(frozen=True)
+class _Unmade:
+    key: Any
+    error: ValidationError
 
 
 class Call:
@@ -77,14 +83,12 @@ class Call:
             return await self._agent.call(self._context, values, self._resources)
         return await self._gateway.acall(self._agent.call, self._context, values, self._resources)
 
-    def _unmade(self, error: Exception, values: Mapping[str, Any]) -> Any:
-        """Sets the record aside if its output broke the contract while it was made and that is wanted; else raises."""
+    def _unmade(self, error: Exception, values: Mapping[str, Any]) -> _Unmade:
+        """What keeps the record's output from being made, to be set aside: it broke the contract, and that is wanted. Else raises."""
         if isinstance(error, MaoError) and not isinstance(error, _OF_THE_CALL):
             raise error
-        contract, key = self._agent.output, self._key(values)
-        if self._aside is not None and isinstance(error, ValidationError) and error.title == _title(contract.model):
-            self._aside.add_unmade(contract, key, error)
-            return _UNMADE
+        if self._aside is not None and isinstance(error, ValidationError) and error.title == _title(self._agent.output.model):
+            return _Unmade(self._key(values), error)
         raise failed(self._agent, error, self._name(values)) from cause(self._agent, error)
 
     def _expect(self, result: Any, kind: Any) -> Any:
@@ -100,7 +104,10 @@ class Call:
         for chunk in _joined(self._agent.inputs, frames):
             outputs = _finished(self._concurrently(chunk)) if self._agent.is_async else [self._one(values) for values in chunk]
             for output in outputs:
-                if output is not _UNMADE:
+                if isinstance(output, _Unmade) and self._aside is not None:
+                    # Only here, in the order of the records: the calls end in any order, and the same quarantine has the same bytes.
+                    self._aside.add_unmade(self._agent.output, output.key, output.error)
+                else:
                     yield self._expect(output, self._agent.output.model)
 
     async def _concurrently(self, chunk: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -186,9 +186,10 @@ class Step:
             frame = result.lazy()
         elif isinstance(result, BaseModel):
             frame = self._to_frame([result])
-        elif isinstance(result, Iterable) and not isinstance(result, (str, bytes, Mapping)):
+        elif isinstance(result, Iterable) and not isinstance(result, (str, bytes, Mapping)) and not hasattr(result, "__arrow_c_stream__"):
             frame = self._to_frame(result)
         else:
+            # Another library's frame is iterable, by the names of its columns: they are no records, and no quarantine is to have them.
             what = f"It returned {type(result).__name__}, neither records nor a polars frame"
             raise AgentFailedError(what, agent=self._agent.name, fix=f"return {self._output.name} records or a frame of them")
         try:
@@ -325,7 +326,8 @@ class Step:
 
     def _limit_share(self) -> None:
         """Fails the batch after all when more is set aside than was declared."""
-        if self._agent.quarantine is None or self._quarantined() <= self._agent.quarantine.max_share * self._came_in:
+        # Divided, as whoever wrote 0.29 meant 29 of 100: the product with 100 is a little less than 29.
+        if self._agent.quarantine is None or not self._came_in or self._quarantined() / self._came_in <= self._agent.quarantine.max_share:
             return
         share = f"{self._quarantined()} of {self._came_in} records; at most {self._agent.quarantine.max_share:.1%} may be quarantined"
         for name, check in self._checks.items():
@@ -394,12 +396,13 @@ def _driver(agent: Agent, frames: Mapping[str, pl.LazyFrame]) -> tuple[str, pl.L
 
 
 def _absent(keys: pl.LazyFrame, among: pl.LazyFrame) -> pl.Series:
-    """The keys that are not among the others. Equal columns, the usual case, are compared streaming, and nothing is held."""
+    """The keys that are not among the others, sorted. Equal columns, the usual case, are compared streaming, and nothing is held."""
     counts = [side.select(pl.len()).collect(engine="streaming").item() for side in (keys, among)]
     side_by_side = pl.concat([keys.select(one="key"), among.select(other="key")], how="horizontal")
     if counts[0] == counts[1] and side_by_side.select(pl.col("one").eq_missing(pl.col("other")).all()).collect(engine="streaming").item():
         return pl.Series("key", [])
-    return keys.join(among, on="key", how="anti").collect(engine="streaming").to_series()
+    # Sorted, because a streaming join keeps no order, and what is set aside is sealed: the same records, the same bytes.
+    return keys.join(among, on="key", how="anti").sort("key").collect(engine="streaming").to_series()
 
 
 def _key_failure(rule: str, contract: Contract[Any], keys: pl.Series) -> RuleFailure:

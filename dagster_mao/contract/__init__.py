@@ -1,13 +1,14 @@
 """Contracts: plain pydantic models, compiled into column types and vectorised rules. No Dagster, no Delta in this room."""
 
+from dagster_mao.contract._check import broken_records
 from dagster_mao.contract._columns import Column, Line, columns, lines
 from dagster_mao.contract._compare import Difference, compare
 from dagster_mao.contract._contract import Contract
 from dagster_mao.contract._evolve import Change, evolution
 from dagster_mao.contract._markers import DataFrame, Key, LazyFrame, Personal
-from dagster_mao.contract._masking import MASK, by_name, has_personal, hide, unmarked_personal
+from dagster_mao.contract._masking import MASK, by_field, by_name, has_personal, hide, unmarked_personal
 from dagster_mao.contract._types import spell
-from dagster_mao.contract._verdict import Refused, RuleFailure, Sifted, Verdict
+from dagster_mao.contract._verdict import Refused, RuleFailure, Sifted, Verdict, text_of
 
 __all__ = [
     "MASK",
@@ -24,6 +25,8 @@ __all__ = [
     "RuleFailure",
     "Sifted",
     "Verdict",
+    "broken_records",
+    "by_field",
     "by_name",
     "columns",
     "compare",
@@ -32,5 +35,6 @@ __all__ = [
     "hide",
     "lines",
     "spell",
+    "text_of",
     "unmarked_personal",
 ]

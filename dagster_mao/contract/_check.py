@@ -291,6 +291,15 @@ def _dates_as_text(value: pl.Expr, dtype: Any) -> pl.Expr:
     return value
 
 
+def broken_records(broken: pl.DataFrame) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """What `sift` found broken, record by record, with its rules: Python's values, and text for dates that Python's calendar has not."""
+    unreadable = pl.col(RULES).list.eval(pl.element().str.ends_with(CALENDAR)).list.any()
+    as_text = [_dates_as_text(pl.col(name), dtype).alias(name) for name, dtype in broken.schema.items()]
+    for rows in (broken.filter(~unreadable), broken.filter(unreadable).select(as_text)):
+        for row in rows.drop(ROW).iter_rows(named=True):
+            yield row, row.pop(RULES)
+
+
 def _sample(contract: Contract[Any], row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: shown(value, contract.field(name)) for name, value in row.items()}
 

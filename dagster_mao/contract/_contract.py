@@ -10,10 +10,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import polars as pl
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined, SchemaValidator, to_jsonable_python
 
 from dagster_mao.contract._check import Judge, check, conformed, rule_of, schema_failures, sift
@@ -27,6 +27,7 @@ from dagster_mao.errors import ContractDefinitionError, InvalidRecordsError
 
 M = TypeVar("M", bound=BaseModel)
 CHUNK = 10_000  # records turned into columns at a time
+_OF_TEXT = {"str_strip_whitespace", "str_to_lower", "str_to_upper", "coerce_numbers_to_str"}  # config that makes another key of a text
 
 _contracts: dict[type[BaseModel], Contract[Any]] = {}
 
@@ -150,8 +151,9 @@ class Contract(Generic[M]):
         """Rows sealed under the contract that `recorded` describes, as rows of this one: its columns, in its order, exactly typed.
 
         What the rows lack is filled in with the fields' defaults, what this contract has not is left out, at any depth. No value changes.
-        Raises IncompatibleContractError, naming field and reason, when they cannot be read: a field without a default is missing, a type is
-        another, or no value that the one allows passes the other. Bounds that are only narrower are for `check` to judge, with the rows.
+        Raises IncompatibleContractError, naming field and reason, when they cannot be read: a field without a default is missing, a type or
+        the key is another, or no value that the one allows passes the other. Bounds that are only narrower are for `check` to judge, with
+        the rows.
         """
         return upgraded(self, frame, recorded)
 
@@ -241,12 +243,26 @@ class Contract(Generic[M]):
         return model, [(f"{f.name}: {why}", f.name) for f in self.fields if (why := _unfit(getattr(model, f.name, None), f.type))]
 
     def _key_of(self, record: Any) -> Any:
-        if self.key is None:
+        """The key of a record that is no row, as it would be in one (of "7 " and 7.0, 7), so that it is known when it comes twice."""
+        if self.key is None or not isinstance(record, (Mapping, BaseModel)):
             return None
-        if isinstance(record, Mapping):
-            names = (self.key, self.model.model_fields[self.key].alias, self.model.model_fields[self.key].validation_alias)
-            return next((record[name] for name in names if isinstance(name, str) and name in record), None)
-        return getattr(record, self.key, None)
+        if isinstance(record, BaseModel):
+            return getattr(record, self.key, None)
+        info = self.model.model_fields[self.key]
+        aliases = info.validation_alias.choices if isinstance(info.validation_alias, AliasChoices) else (info.validation_alias, info.alias)
+        names = (self.key, *(alias for alias in aliases if isinstance(alias, str)))
+        came_in = next((record[name] for name in names if name in record), None)
+        try:
+            return self._key_alone.validate_python(came_in)
+        except Exception:  # what a validator raises, too
+            return came_in
+
+    @cached_property
+    def _key_alone(self) -> TypeAdapter[Any]:
+        info = self.model.model_fields[str(self.key)]
+        annotated, parts = cast(Any, Annotated), (info.annotation, *info.metadata)
+        config = {name: value for name, value in self.model.model_config.items() if name in _OF_TEXT}
+        return TypeAdapter(annotated[parts], config=cast(ConfigDict, config))
 
     def _sample(self, record: Any, name: str | None) -> dict[str, Any]:
         values = record if isinstance(record, Mapping) else vars(record) if isinstance(record, BaseModel) else {}
@@ -308,8 +324,12 @@ def _unfit(value: Any, node: Type) -> str | None:
     """Why the value is none of the column's; None where it is."""
     try:
         plain_value = encoded(value, node)
+    except UnicodeError:
+        return "holds bytes that are no UTF-8"  # the error's own text quotes some of them
     except (TypeError, ValueError, RecursionError) as error:
         return str(error)
+    except Exception as error:
+        return f"cannot be written ({type(error).__name__})"
     try:
         pl.Series([plain_value], dtype=node.dtype, strict=True)
     except Exception:

@@ -176,11 +176,15 @@ def _words(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> Iterat
 
 def upgraded(contract: Contract[Any], frame: pl.LazyFrame, recorded: Mapping[str, Any]) -> pl.LazyFrame:
     """Rows sealed under the `recorded` contract as rows of `contract`; see `Contract.upgrade`."""
+    cannot = f"what was sealed under {recorded['name']} v{recorded['version']} cannot be read as {contract.name} v{contract.version}"
+    if None not in (recorded["key"], contract.key) and recorded["key"] != contract.key:
+        # Which record became of which could not be told: the old key need not say which rows the new one means.
+        what = f"{cannot}: its records are told apart by {recorded['key']!r}, not by {contract.key!r}"
+        raise IncompatibleContractError(what, field=contract.key, fix=f"mark {recorded['key']!r} in {contract.name} as mao.Key")
     for found in readable(recorded, contract.describe()):
         if found.kind == "contradiction":
             raise IncompatibleContractError(
-                f"what was sealed under {recorded['name']} v{recorded['version']} cannot be read as {contract.name} v{contract.version}: "
-                f"{found.detail}",
+                f"{cannot}: {found.detail}",
                 field=found.field,
                 fix=f"give {found.field!r} of {contract.name} a default that every reader can live with"
                 if found.detail.startswith("missing")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from dagster_mao.contract._types import Field, Type
 
 MASK = "***"
 
@@ -22,6 +24,31 @@ def hide(field: Mapping[str, Any] | None, value: Any) -> Any:
         return [hide(items, part) for part in value]
     if isinstance(value, Mapping) or (value is not None and has_personal(field)):
         return MASK
+    return value
+
+
+def by_field(fields: Sequence[Field], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What came in, under the names of the fields instead of their aliases, at any depth.
+
+    A name that is one field's and another's alias may hold the value of either: it is masked.
+    """
+    told: dict[str, Any] = {}
+    for name, value in record.items():
+        meant = [field for field in fields if name in (field.name, field.alias)]
+        if len(meant) > 1:
+            told[name] = MASK
+        elif meant and (name == meant[0].name or meant[0].name not in record):
+            told[meant[0].name] = _by_field(meant[0].type, value)
+        else:
+            told[name] = value
+    return told
+
+
+def _by_field(node: Type, value: Any) -> Any:
+    if isinstance(value, Mapping) and node.fields:
+        return by_field(node.fields, value)
+    if isinstance(value, list) and node.item is not None:
+        return [_by_field(node.item, part) for part in value]
     return value
 
 

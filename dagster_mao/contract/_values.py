@@ -374,10 +374,13 @@ _JSONABLE: tuple[tuple[Any, Encode], ...] = (
 
 
 def as_text(value: Any) -> str:
-    """The text that a value is made from: a path, an address, a secret."""
+    """The text that a value is made from: a path, an address, a secret. Raises ValueError where it has none."""
     if hasattr(value, "get_secret_value"):
         return as_text(value.get_secret_value())
-    return value.pattern if isinstance(value, re.Pattern) else str(value)
+    try:
+        return value.pattern if isinstance(value, re.Pattern) else str(value)
+    except Exception as error:  # of its own: what it says may be the value
+        raise ValueError(f"has no text ({type(error).__name__})") from None
 
 
 # --- what comes back is what went in ---------------------------------------------------------------------------------------------------

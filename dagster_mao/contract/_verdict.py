@@ -6,7 +6,7 @@ import base64
 import datetime as dt
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from dagster_mao.contract._types import Field, Type
 
 MASK = "***"
 LONGEST_TEXT = 200  # characters of a sample value; a report is no place for a document
+_LONGEST_INT = 10_000  # bits that Python writes and reads as decimal digits without being told to
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,15 @@ def plain(value: Any) -> Any:
     """A scalar as JSON can say it."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, int) and value.bit_length() > _LONGEST_INT:
+        return _cut(hex(value))
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, bytes):
         return _cut(base64.b64encode(value[: LONGEST_TEXT + 1]).decode())
     if isinstance(value, (dt.date, dt.datetime)):
         return value.isoformat()
-    return _cut(str(value))
+    return _cut(_utf8(_told(value)))
 
 
 def _cut(text: str) -> str:
@@ -113,18 +116,33 @@ def _cut(text: str) -> str:
 def text_of(record: Any) -> str:
     """A record as JSON text, whatever it holds: nothing that came in is lost, and nothing is masked."""
     try:
-        return to_json(_bare(record), fallback=str, inf_nan_mode="strings", bytes_mode="base64").decode()
+        return to_json(_bare(record), fallback=_told, inf_nan_mode="strings", bytes_mode="base64").decode()
     except Exception:
-        # It contains itself, or text that is no UTF-8.
-        return json.dumps(repr(record))
+        # It contains itself, or is nested too deep.
+        return json.dumps(_told(record, repr))
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _told(value: Any, how: Callable[[Any], str] = str) -> str:
+    try:
+        return how(value)
+    except Exception:  # of its own: what came in may be anything
+        return object.__repr__(value)
 
 
 def _bare(value: Any) -> Any:
-    """Models as what they hold: their own serializers may leave things out, and secrets would be stars."""
+    """Models as what they hold: their own serializers may leave things out, and secrets would be stars. Text as UTF-8 can hold it."""
     if isinstance(value, BaseModel):
         return {**{name: _bare(v) for name, v in vars(value).items()}, **(value.__pydantic_extra__ or {})}
     if isinstance(value, (Secret, SecretStr, SecretBytes)):
         return _bare(value.get_secret_value())
+    if isinstance(value, str):
+        return _utf8(value)
+    if isinstance(value, int) and value.bit_length() > _LONGEST_INT:
+        return hex(value)
     if isinstance(value, Mapping):
-        return {k if isinstance(k, str) else str(k): _bare(v) for k, v in value.items()}
+        return {_bare(k if isinstance(k, str) else _told(k)): _bare(v) for k, v in value.items()}
     return [_bare(v) for v in value] if isinstance(value, (list, tuple, set, frozenset)) else value

@@ -76,7 +76,6 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
         check_specs=boundary_check_specs(pipeline, agent),
         required_resource_keys={STATE_STORE, *one.resources},
         pool=one.pool,
-        backfill_policy=dg.BackfillPolicy.multi_run(),
         op_tags={PIPELINE_TAG: pipeline.name, AGENT_TAG: agent, ENTRY_TAG: pipeline.entry_name},
     )
     return wrap(materialize)

@@ -15,7 +15,7 @@ from dagster_mao.dagster.translator import AgentTranslator
 from dagster_mao.errors import WiringError
 from dagster_mao.pipeline import Pipeline
 
-ROOT_VARIABLE = "DAGSTER_MAO_ROOT"
+ROOT_VARIABLE, DATABASE_VARIABLE = "DAGSTER_MAO_ROOT", "DAGSTER_MAO_DATABASE"
 
 
 def build_definitions(
@@ -27,7 +27,8 @@ def build_definitions(
     """Everything that Dagster needs to run, show and schedule a pipeline; merge it with other definitions as you like.
 
     `resources` holds those that the agents take, and `state_store` (`StateStoreResource`); without the latter the environment variable
-    `DAGSTER_MAO_ROOT` names the root. Raises `WiringError` when a resource is missing.
+    `DAGSTER_MAO_ROOT` names the root, and `DAGSTER_MAO_DATABASE` the shared database if there is one. Raises `WiringError` when a
+    resource is missing.
     """
     assets = build_assets(pipeline, translator=translator)
     job = build_job(pipeline)
@@ -83,7 +84,7 @@ def _resources(pipeline: Pipeline, given: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=32)
 def _store_at(root: str) -> StateStoreResource:
-    return StateStoreResource(root=root)
+    return StateStoreResource(root=root, database=os.environ.get(DATABASE_VARIABLE, ""))
 
 
 _IO_MANAGERS: list[tuple[StateStoreResource, StateIOManager]] = []

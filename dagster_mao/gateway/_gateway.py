@@ -44,7 +44,9 @@ class Gateway:
 
         shared = shared_store(database)
         if policy.breaker is not None:
-            self._breaker = SharedBreaker(shared, policy.breaker.name or name, policy.breaker, not_counted=policy.not_counted)
+            # A probe may take as long as a call may, and a while more.
+            lease = max(60.0, policy.breaker.reset_timeout, 2 * (policy.timeout or 0.0))
+            self._breaker = SharedBreaker(shared, policy.breaker.name or name, policy.breaker, not_counted=policy.not_counted, lease=lease)
         if policy.rate_limit is not None:
             self._limiter = Limiter(shared, policy.rate_key or name, *parse_rate(policy.rate_limit))
 

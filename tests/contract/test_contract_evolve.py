@@ -247,6 +247,15 @@ def test_an_incompatible_snapshot_is_refused_with_field_and_reason(
     assert refused.value.fix
 
 
+def test_a_snapshot_with_another_key_is_refused() -> None:
+    """By the new key its rows may be doubled or have none: nothing would tell what became of which."""
+    recorded = Contract(create_model("Old", id=(Annotated[str, Key], ...), customer=(str, ...))).describe()
+    contract = Contract(create_model("Reader", id=(str, ...), customer=(Annotated[str, Key], ...)))
+    with pytest.raises(IncompatibleContractError, match="told apart by 'id', not by 'customer'") as refused:
+        contract.upgrade(pl.LazyFrame(schema={"id": pl.String, "customer": pl.String}), recorded)
+    assert (refused.value.field, refused.value.fix) == ("customer", "mark 'id' in Reader as mao.Key")
+
+
 def test_narrower_bounds_are_for_the_rows_to_keep() -> None:
     contract = Contract(create_model("Reader", a=(limited(int, ge=5), ...)))
     read = contract.upgrade(pl.LazyFrame({"a": [4, 5]}), described(a=limited(int, ge=0)))

@@ -4,6 +4,8 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.automation_tick_evaluation_context import build_run_requests_with_backfill_policies
+from dagster._core.definitions.events import AssetKeyPartitionKey
 
 from tests.dagster.three_assets import three
 
@@ -216,10 +218,30 @@ def test_an_input_knows_its_run_and_what_an_io_manager_adds_to_it_is_kept():
     assert [{name: value.value for name, value in metadata.items()} for metadata in loaded] == [{"read": "v1"}]
 
 
-def test_a_multi_run_backfill_policy_is_what_assets_have_by_default():
-    """A workflow is one partition, so we ask for a run per partition explicitly; this tells should the default change."""
+def backfilled(policy):
+    """The runs that a backfill of two days makes of an asset with this policy."""
 
-    @dg.asset(partitions_def=DAYS)
-    def a() -> None: ...
+    @dg.asset(partitions_def=DAYS, backfill_policy=policy, check_specs=[dg.AssetCheckSpec("sound", asset="a", partitions_def=DAYS)])
+    def a():
+        yield dg.AssetCheckResult(passed=True, check_name="sound")
+        yield dg.MaterializeResult()
 
-    assert a.backfill_policy in (None, dg.BackfillPolicy.multi_run())
+    with dg.DagsterInstance.ephemeral() as instance:
+        two_days = [AssetKeyPartitionKey(a.key, day) for day in DAYS.get_partition_keys()]
+        runs = build_run_requests_with_backfill_policies(two_days, dg.Definitions([a]).resolve_asset_graph(), instance)
+        job = dg.Definitions([a], jobs=[dg.define_asset_job("all", "*")]).resolve_job_def("all")
+        for run in runs:
+            result = job.execute_in_process(instance=instance, partition_key=run.partition_key, tags=dict(run.tags))
+            yield run, [e.partition for e in result.get_asset_check_evaluations()], result.get_asset_materialization_events()[0].partition
+
+
+def test_without_a_backfill_policy_a_backfill_makes_a_run_per_partition_by_its_key():
+    """A workflow is one partition, and the results of its checks belong to it."""
+    told = [(run.partition_key, checked, made) for run, checked, made in backfilled(None)]
+    assert sorted(told) == [(day, [day], day) for day in DAYS.get_partition_keys()]
+
+
+def test_with_a_policy_of_one_partition_a_run_it_makes_ranges_of_one_and_the_checks_belong_to_none():
+    """The naive way of asking for a run per partition: the UI then shows the checks of each partition as skipped."""
+    told = [(run.partition_key, checked, made) for run, checked, made in backfilled(dg.BackfillPolicy.multi_run())]
+    assert sorted(told, key=str) == [(None, [None], day) for day in DAYS.get_partition_keys()]

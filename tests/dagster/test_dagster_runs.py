@@ -115,7 +115,7 @@ def test_a_backfill_with_a_run_per_partition_is_a_workflow_per_partition(desk):
     assert store(desk).workflows() == [f"loans/{MONDAY}", f"loans/{TUESDAY}"]
     assert [[seal.row_count for seal in store(desk).seals(f"loans/{day}")] for day in (MONDAY, TUESDAY)] == [[2] * 4, [1] * 4]
     for asset in daily(desk).resolve_all_asset_keys():
-        assert daily(desk).resolve_assets_def(asset).backfill_policy == dg.BackfillPolicy.multi_run()
+        assert daily(desk).resolve_assets_def(asset).backfill_policy is None
 
 
 def test_one_run_over_several_partitions_is_refused(desk):

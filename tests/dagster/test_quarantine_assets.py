@@ -282,3 +282,17 @@ def test_a_record_that_is_nowhere_fails_the_check(desk, monkeypatch):
     (row,) = table(score.metadata, "wrong")
     assert (row["count"], row["records"]) == (1, "0")
     assert (score.metadata["came_in"].value, score.metadata["sealed"].value) == (4, 2)
+
+
+def test_an_existing_asset_as_entry_has_a_quarantine_beside_what_was_sealed_of_it(desk):
+    @dg.asset(key=["raw", "applications"])
+    def raw() -> list:
+        return [{"application_id": str(n), "name": SECRET, "amount": amount} for n, amount in enumerate((1, -1, 2))]
+
+    entry = mao.ExternalEntry("raw/applications", contract=Application, quarantine=HALF)
+    given = {"state_store": StateStoreResource(root=str(desk / "state"))}
+    own = build_definitions(mao.Pipeline("loans", entry=entry, agents=[score, decision]), resources=given)
+    plain = dg.Definitions(assets=[raw], resources={"io_manager": dg.mem_io_manager})
+    result = dg.Definitions.merge(own, plain).resolve_implicit_global_asset_job_def().execute_in_process()
+    assert materialization(result, "applications_quarantine").metadata["mao/quarantined"].value == 1
+    assert evaluations(result, "accounted")["applications_quarantine"].passed

@@ -235,6 +235,26 @@ def test_a_breaker_that_cannot_be_is_refused() -> None:
             mao.Breaker(**wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (mao.Policy(breaker=mao.Breaker(name="bureau")), mao.Policy(breaker=mao.Breaker(fail_max=2, name="bureau"))),
+        (mao.Policy(rate_limit="60/minute", rate_key="bureau"), mao.Policy(rate_limit="1/second", rate_key="bureau")),
+    ],
+)
+def test_agents_that_share_must_declare_alike(one: mao.Policy, other: mao.Policy) -> None:
+    @mao.agent(policy=one)
+    def first(entry: Item) -> Answer:
+        return Answer(item_id=entry.item_id, tries=1)
+
+    @mao.agent(policy=other)
+    def second(entry: Item) -> Answer:
+        return Answer(item_id=entry.item_id, tries=1)
+
+    with pytest.raises(mao.WiringError, match="'bureau' and declare it differently"):
+        mao.Pipeline("shop", entry=entry, agents=[first, second])
+
+
 def test_rates() -> None:
     assert [parse_rate(text) for text in ("60/minute", "5 / second", "1/day")] == [(60, 60.0), (5, 1.0), (1, 86400.0)]
 
