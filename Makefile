@@ -21,7 +21,7 @@ check: .venv/.installed-dev ## lint, types, import rules and tests: what .ci/run
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/python -m pytest $(ARGS)
 
 race: .venv/.installed ## the cached-score race: about 20 % wrong risk ratings with a shared cache, none with pinned versions

@@ -203,7 +203,8 @@ def _config(resource: Any) -> Any:
 def without_values(error: MaoError) -> MaoError:
     """The error with the values that pydantic quotes taken out of its causes: Dagster writes the whole chain to its event log.
 
-    Where it happened and which rule was broken stays. What an agent's own code puts into the text of its errors is for the agent to mind.
+    Where it happened and which rule was broken stays. What an agent's own code puts into the text of its errors was withheld before, where
+    there is personal data.
     """
     links: list[tuple[BaseException, BaseException]] = []
     link: BaseException = error
