@@ -331,6 +331,8 @@ def test_a_decision_on_a_quarantined_record_is_a_version_of_the_workflow(store: 
     assert verify(store).good
     with pytest.raises(UnknownVersionError, match="no record '0' in quarantine"):
         store.dispose("credit/day", decision(0, "0"))
+    with pytest.raises(UnknownVersionError, match="no record to decide on"):
+        store.dispose("credit/day", decision(0))
     assert len(store.seals("credit/day")) == 5
 
 

@@ -315,7 +315,7 @@ def _list_table(found: Sequence[Refusal], *, with_status: bool) -> Table:
 
 def _name(refusal: Refusal) -> str:
     """By what a command takes it: its key, else its digest."""
-    return refusal.digest[:12] if refusal.record in (None, MASK) else str(refusal.record)
+    return refusal.digest[:12] if refusal.record in (None, MASK, "") else str(refusal.record)
 
 
 def _print_what_next(console: Console, shown: Sequence[Refusal], found: Sequence[Refusal]) -> None:

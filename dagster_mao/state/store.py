@@ -124,8 +124,10 @@ class StateStore:
     def dispose(self, workflow_id: str, decisions: pl.DataFrame) -> Seal:
         """Records decisions on quarantined records, rows of `DISPOSITION_SCHEMA`, as a version of the workflow: chained, and never changed.
 
-        Raises `UnknownVersionError` when a decision is about a version that has no such record in quarantine.
+        Raises `UnknownVersionError` when a decision is about a version that has no such record in quarantine, or there is none.
         """
+        if decisions.is_empty():
+            raise UnknownVersionError("There is no record to decide on", workflow=workflow_id, fix="name at least one")
         seen = self.seals(workflow_id)
         for version in decisions["version"].unique():
             held = self.quarantine(self.seal_at(workflow_id, version))["record"]
