@@ -16,7 +16,7 @@ from scenario import complete, join, rows, seal
 
 from dagster_mao.errors import PinError, StoreError, TamperedError, UnknownVersionError
 from dagster_mao.state import StateStore
-from dagster_mao.state.log import StateLog, _crowded_tier
+from dagster_mao.state.log import SCHEMA, StateLog, _crowded_tier
 from dagster_mao.state.objects import Objects, safe_name
 
 
@@ -240,3 +240,16 @@ def test_any_delta_reader_opens_the_log(local_store: StateStore) -> None:
     log = pl.scan_delta(local_store._log.uri).sort("version").collect()
     assert log["agent"].to_list() == ["applications", "score", "fraud"]
     assert log["parents"].list.len().to_list() == [0, 1, 1]
+
+
+def test_rows_of_a_release_that_knew_fewer_columns_are_read_and_compacted(local_store: StateStore) -> None:
+    first = complete(local_store, "run-0")
+    assert local_store.objects.local
+    for file in (local_store.objects.local / "state_log").glob("*.parquet"):
+        pl.read_parquet(file).drop("quarantine_path", "quarantine_digest", "quarantine_bytes").write_parquet(file)
+    assert local_store.seals("credit/day") == first
+    for number in range(1, 6):
+        complete(local_store, f"run-{number}")
+    assert local_store.seals("credit/day")[:3] == first
+    assert len(local_store.seals("credit/day")) == 18
+    assert local_store.collect(local_store.log()).columns == SCHEMA.names()
