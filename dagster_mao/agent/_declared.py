@@ -73,6 +73,11 @@ class AgentContext:
         """A generator seeded by `seed`, and by `salt` when given: record-wise agents pass the record's key, else all records draw alike."""
         return random.Random("/".join(str(part) for part in (self.seed, *salt)) if salt else self.seed)
 
+    def __reduce__(self) -> Any:
+        # Another process logs for itself: Dagster's logger belongs to its step.
+        told = (self.workflow_id, self.agent, self.attempt, self.run_id, self.now, self.seed, self.partition_key)
+        return (AgentContext, told)
+
     @classmethod
     def for_tests(cls, agent: str = "agent", **changes: Any) -> AgentContext:
         """A context with fixed values (2000-01-01 UTC, seed 0) for calling an agent directly in a unit test."""

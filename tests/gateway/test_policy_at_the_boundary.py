@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -204,6 +205,20 @@ def test_a_breaker_that_let_all_calls_through_is_a_passed_check(local_store: Sta
         ("breaker", True),
         ("output", True),
     ]
+
+
+def test_an_isolated_agent_runs_in_one_child_process_under_dagster_too(tmp_path: Path) -> None:
+    from tests.gateway.isolated import pipeline
+
+    root = str(tmp_path / "state")
+    defs = pipeline.build_definitions(resources={"state_store": StateStoreResource(root=root)})
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert defs.resolve_job_def("isolation_job").execute_in_process(instance=instance).success
+    store = StateStore(root)
+    (workflow,) = store.workflows()
+    processes = set(store.read(store.effective(workflow)["isolated"]).collect()["process"])
+    assert len(processes) == 1
+    assert os.getpid() not in processes
 
 
 def test_what_is_shared_needs_a_database() -> None:
