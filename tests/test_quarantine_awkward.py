@@ -7,8 +7,10 @@ import datetime as dt
 import json
 from typing import Annotated, Any
 
+import pandas
 import polars as pl
 import pytest
+from arro3.core import Table
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 import dagster_mao as mao
@@ -322,9 +324,9 @@ def test_an_existing_asset_as_entry_may_have_a_quarantine(local_store: StateStor
     assert (seal.row_count, seal.quarantined) == (2, 1)
 
 
-@pytest.mark.parametrize("convert", ["to_pandas", "to_arrow"])
-def test_a_frame_of_another_library_is_not_taken_for_the_names_of_its_columns(local_store: StateStore, convert: str) -> None:
-    frame = getattr(pl.DataFrame(batch(1.0, 2.0)), convert)()
+@pytest.mark.parametrize("library", ["pandas", "arro3"])
+def test_a_frame_of_another_library_is_not_taken_for_the_names_of_its_columns(local_store: StateStore, library: str) -> None:
+    frame = pandas.DataFrame(batch(1.0, 2.0)) if library == "pandas" else Table.from_arrow(pl.DataFrame(batch(1.0, 2.0)))
     with pytest.raises(AgentFailedError, match="neither records nor a polars frame"):
         run(EXTERNAL, frame, store=local_store)
 
