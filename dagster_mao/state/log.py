@@ -73,7 +73,7 @@ _PROPERTIES = {
     "delta.logRetentionDuration": "interval 10 seconds",
     "delta.enableExpiredLogCleanup": "true",
     # Checkpoints carry the names of merged files for so long (a week by default), and every open reads them.
-    "delta.deletedFileRetentionDuration": "interval 5 minutes",
+    "delta.deletedFileRetentionDuration": "interval 30 seconds",
 }
 # Ten files of about as many rows become one: each row is rewritten once per power of ten, and no more often, up to the largest tier.
 _TIER_FILES, _TIERS = 10, 4
