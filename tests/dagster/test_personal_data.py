@@ -202,6 +202,7 @@ def _commands(root: str) -> dict[str, str]:
     for call in calls:
         result = CliRunner().invoke(app, [*call, "--root", root], env={"COLUMNS": "300"})
         assert result.exception is None or isinstance(result.exception, SystemExit), traceback.format_exception(result.exception)
+        assert result.exit_code != 2, result.output + result.stderr  # wrong usage would show nothing, and prove nothing
         said["dagster-mao " + " ".join(call)] = result.output + result.stderr
     return said
 
