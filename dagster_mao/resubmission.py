@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import polars as pl
-from pydantic import AliasChoices, BaseModel
+from pydantic import BaseModel
 
 from dagster_mao.boundary import Check, run_agent
-from dagster_mao.contract import MASK, Contract
+from dagster_mao.contract import MASK, Contract, field_of
 from dagster_mao.errors import BatchRefusedError, InvalidRecordsError, StaleStateError, UnknownVersionError
 from dagster_mao.pipeline import Pipeline
-from dagster_mao.review.quarantine import Refusal, akin, decide, field_of, refusals
+from dagster_mao.review.quarantine import Refusal, akin, decide, refusals
 from dagster_mao.state import QUARANTINE_SCHEMA, Seal, StateStore
 
 
@@ -119,7 +119,7 @@ def _base(contract: Contract[Any], rows: pl.LazyFrame, mine: Sequence[Mapping[st
 
 def _corrected(contract: Contract[Any], base: dict[str, Any], changes: Mapping[str, Any], named: Refusal) -> BaseModel:
     """The record with its changes, if it keeps the contract."""
-    names = {field: {field, *_aliases(contract.model, field)} for field in contract.model.model_fields}
+    names = {field: contract.names_of(field) for field in contract.model.model_fields}
     if contract.model.model_config.get("extra") == "forbid":
         base = {name: value for name, value in base.items() if any(name in known for known in names.values())}
     for name, value in changes.items():
@@ -133,12 +133,6 @@ def _corrected(contract: Contract[Any], base: dict[str, Any], changes: Mapping[s
         _refuse(contract, f"The corrected record {named.record or named.digest[:12]!r} breaks {contract.name}: {'; '.join(rules)}", rules)
     model: BaseModel = next(contract.from_frame(rows))
     return model
-
-
-def _aliases(model: type[BaseModel], field: str) -> Iterable[str]:
-    info = model.model_fields[field]
-    choices = info.validation_alias.choices if isinstance(info.validation_alias, AliasChoices) else [info.validation_alias, info.alias]
-    return (alias for alias in choices if isinstance(alias, str))
 
 
 def _refuse_doubled(contract: Contract[Any], kept: pl.LazyFrame, remaining: pl.DataFrame, corrected: Sequence[BaseModel]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -13,7 +12,19 @@ import polars as pl
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from dagster_mao.contract import MASK, Contract, Refused, RuleFailure, broken_records, by_field, by_name, has_personal, hide, text_of
+from dagster_mao.contract import (
+    MASK,
+    Contract,
+    Refused,
+    RuleFailure,
+    broken_records,
+    by_field,
+    by_name,
+    field_of,
+    has_personal,
+    hide,
+    text_of,
+)
 from dagster_mao.state import QUARANTINE_SCHEMA
 
 INPUT_SIDE, OUTPUT_SIDE = "input", "output"
@@ -92,7 +103,7 @@ class Aside:
 
 
 def _failure(contract: Contract[Any], rule: str, rows: Sequence[Mapping[str, Any]], samples: int) -> RuleFailure:
-    name = re.split(r"[:.\[]", rule)[0]
+    name = field_of(rule)
     field = name if name in contract.schema else None
     shown = [json.loads(row["masked"]) for row in rows[:samples]]
     told = [{k: v for k, v in one.items() if k.partition(".")[0] in (contract.key, field)} for one in shown]

@@ -8,7 +8,7 @@ from dagster_mao.contract._evolve import Change, evolution
 from dagster_mao.contract._markers import DataFrame, Key, LazyFrame, Personal
 from dagster_mao.contract._masking import MASK, by_field, by_name, has_personal, hide, unmarked_personal
 from dagster_mao.contract._types import spell
-from dagster_mao.contract._verdict import Refused, RuleFailure, Sifted, Verdict, text_of
+from dagster_mao.contract._verdict import Refused, RuleFailure, Sifted, Verdict, field_of, text_of
 
 __all__ = [
     "MASK",
@@ -31,6 +31,7 @@ __all__ = [
     "columns",
     "compare",
     "evolution",
+    "field_of",
     "has_personal",
     "hide",
     "lines",

@@ -7,7 +7,6 @@ goes through pydantic, chunk by chunk, on the columns it needs and no more.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from pydantic import ValidationError
 from dagster_mao.contract._rules import CALENDAR, UNIQUE, Rule
 from dagster_mao.contract._types import Field, Type, dtype_text, spell
 from dagster_mao.contract._values import UndecodableError, decoded
-from dagster_mao.contract._verdict import ROW, RULES, RuleFailure, Sifted, Verdict, shown
+from dagster_mao.contract._verdict import ROW, RULES, RuleFailure, Sifted, Verdict, field_of, shown
 
 if TYPE_CHECKING:
     from dagster_mao.contract._contract import Contract
@@ -46,7 +45,7 @@ class Judge:
                 errors = refused.errors(include_url=False)
                 yield position, {rule_of(self.fields, e, self.field) for e in errors}
             except UndecodableError as refused:
-                yield position, {(f"{refused.path}: {refused.rule}", re.split(r"[.\[]", refused.path)[0])}
+                yield position, {(f"{refused.path}: {refused.rule}", field_of(refused.path))}
             except Exception as error:
                 # A validator may raise anything; whatever it is, the record did not pass. Its text may hold values: tell its kind only.
                 yield position, {(f"{self.field or 'record'}: {type(error).__name__}", self.field)}

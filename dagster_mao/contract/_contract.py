@@ -242,16 +242,19 @@ class Contract(Generic[M]):
             return None, [(f"record: {type(record).__name__}, not {self.name}", None)]
         return model, [(f"{f.name}: {why}", f.name) for f in self.fields if (why := _unfit(getattr(model, f.name, None), f.type))]
 
+    def names_of(self, field: str) -> tuple[str, ...]:
+        """Under which names a record may bring the field: its own, and its aliases. Raises KeyError."""
+        info = self.model.model_fields[field]
+        aliases = info.validation_alias.choices if isinstance(info.validation_alias, AliasChoices) else (info.validation_alias, info.alias)
+        return (field, *(alias for alias in aliases if isinstance(alias, str)))
+
     def _key_of(self, record: Any) -> Any:
         """The key of a record that is no row, as it would be in one (of "7 " and 7.0, 7), so that it is known when it comes twice."""
         if self.key is None or not isinstance(record, (Mapping, BaseModel)):
             return None
         if isinstance(record, BaseModel):
             return getattr(record, self.key, None)
-        info = self.model.model_fields[self.key]
-        aliases = info.validation_alias.choices if isinstance(info.validation_alias, AliasChoices) else (info.validation_alias, info.alias)
-        names = (self.key, *(alias for alias in aliases if isinstance(alias, str)))
-        came_in = next((record[name] for name in names if name in record), None)
+        came_in = next((record[name] for name in self.names_of(self.key) if name in record), None)
         try:
             return self._key_alone.validate_python(came_in)
         except Exception:  # what a validator raises, too

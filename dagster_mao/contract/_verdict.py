@@ -6,6 +6,7 @@ import base64
 import datetime as dt
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,11 @@ class RuleFailure:
     field: str | None
     count: int
     samples: tuple[dict[str, Any], ...] = ()
+
+
+def field_of(rule: str) -> str:
+    """The top-level field in the name of a rule ("amount: gt 0", "contact.phone: pattern", "tags[]: ge 1")."""
+    return re.split(r"[:.\[]", rule, maxsplit=1)[0]
 
 
 @dataclass(frozen=True)

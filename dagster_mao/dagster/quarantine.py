@@ -8,10 +8,11 @@ from typing import Any
 import dagster as dg
 
 from dagster_mao.agent import Agent
+from dagster_mao.contract import field_of
 from dagster_mao.dagster.anchors import STATE_VERSION
 from dagster_mao.dagster.metadata import of_seal, reasons_table
 from dagster_mao.pipeline import Pipeline
-from dagster_mao.review.quarantine import Refusal, field_of, refusals_of
+from dagster_mao.review.quarantine import Refusal, refusals_of
 from dagster_mao.state import QUARANTINE_SCHEMA, QUARANTINE_SUFFIX, Seal, StateStore
 
 QUARANTINE_OF = "mao/quarantine_of"

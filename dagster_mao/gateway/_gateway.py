@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from dagster_mao.errors import WiringError
+from dagster_mao.errors import CallTimeoutError, WiringError
 from dagster_mao.gateway._policy import Policy, parse_rate
 from dagster_mao.gateway._retry import aretry_call, retry_call
-from dagster_mao.gateway._timeout import acall, call_in_child, call_in_thread
+from dagster_mao.gateway._timeout import acall, call_in_child, call_in_thread, strays
 
 if TYPE_CHECKING:
     from dagster_mao.gateway._breaker import Admission, SharedBreaker
     from dagster_mao.gateway._limit import Limiter, Permit
     from dagster_mao.gateway._shared import SharedStore
+
+logger = logging.getLogger("dagster_mao.gateway")
 
 
 class Gateway:
@@ -76,7 +79,12 @@ class Gateway:
         if self._policy.timeout is None:
             return function(*args)
         timed = call_in_child if self._policy.isolate else call_in_thread
-        return timed(function, args, {}, timeout=self._policy.timeout)
+        try:
+            return timed(function, args, {}, timeout=self._policy.timeout)
+        except CallTimeoutError:
+            if going_on := strays():
+                logger.warning("%d calls of this process go on after their timeout, and may still take effect", going_on)
+            raise
 
     async def _atry(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> Any:
         admission = self._admit()

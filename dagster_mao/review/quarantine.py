@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import polars as pl
 
+from dagster_mao.contract import field_of
 from dagster_mao.errors import UnknownVersionError
 from dagster_mao.review.masking import MASK, fields_of, is_personal
 from dagster_mao.state import DISPOSITION_SCHEMA, Seal, StateStore
@@ -74,11 +74,6 @@ class Account:
         held = self.quarantined + self.discarded
         told = self.seal.row_count == self.sealed and self.seal.quarantined == held
         return told and not self.wrong_counts and self.came_in == self.sealed + held
-
-
-def field_of(rule: str) -> str:
-    """The top-level field in the name of a rule ("amount: gt 0", "contact.phone: pattern", "tags[]: ge 1")."""
-    return re.split(r"[:.\[]", rule, maxsplit=1)[0]
 
 
 def refusals(store: StateStore, workflow: str, *, agent: str | None = None, every: bool = False) -> list[Refusal]:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,6 +112,20 @@ def test_a_call_that_hangs_ends_in_time_and_the_others_are_not_lost(local_store:
         run(local_store, hanging)
     assert isinstance(caught.value.__cause__, mao.CallTimeoutError)
     assert cancelled == ["i1"]
+
+
+def test_a_thread_that_goes_on_after_its_timeout_is_told(local_store: StateStore, caplog: pytest.LogCaptureFixture) -> None:
+    released = threading.Event()
+
+    @mao.agent(policy=mao.Policy(timeout=0.2))
+    def stuck(entry: Item) -> Answer:
+        released.wait(60)
+        return Answer(item_id=entry.item_id, tries=1)
+
+    with pytest.raises(mao.AgentFailedError, match="CallTimeoutError on record 'i0'"):
+        run(local_store, stuck)
+    assert "go on after their timeout" in caplog.text
+    released.set()
 
 
 @both
