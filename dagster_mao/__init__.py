@@ -30,7 +30,7 @@ from dagster_mao.errors import (
     WiringError,
 )
 from dagster_mao.expectations import Expectations
-from dagster_mao.gateway import Breaker, Policy, TransientError
+from dagster_mao.gateway import Breaker, Policy, TransientError, usage
 from dagster_mao.pipeline import ExternalEntry, Pipeline
 from dagster_mao.resubmission import Resubmission, resubmit
 from dagster_mao.run import Result, run
@@ -84,6 +84,7 @@ __all__ = [
     "build_definitions",
     "resubmit",
     "run",
+    "usage",
 ]
 
 _DAGSTER_SIDE = frozenset({"AgentTranslator", "StateIOManager", "StateStoreResource", "build_asset", "build_definitions"})

@@ -29,6 +29,7 @@ EAGER = {
     "agent",
     "resubmit",
     "run",
+    "usage",
 }
 ERRORS = {
     "AgentCallError",

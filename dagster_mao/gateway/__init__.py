@@ -2,5 +2,6 @@
 
 from dagster_mao.gateway._gateway import Gateway, shared_store
 from dagster_mao.gateway._policy import Breaker, Policy, TransientError, parse_rate
+from dagster_mao.gateway._record import CallOutcome, CallRecord, usage
 
-__all__ = ["Breaker", "Gateway", "Policy", "TransientError", "parse_rate", "shared_store"]
+__all__ = ["Breaker", "CallOutcome", "CallRecord", "Gateway", "Policy", "TransientError", "parse_rate", "shared_store", "usage"]

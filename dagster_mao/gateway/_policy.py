@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from dagster_mao.errors import WiringError
 
@@ -45,6 +47,12 @@ class Policy:
     and jitter, all within `retry_within` seconds; a `retry_after` of the error is honoured. `rate_limit`: calls over all processes, as in
     "60/minute"; agents with the same `rate_key` share it. `breaker`: see `Breaker`; of what `execute` raises, errors of `not_counted`
     classes are no failure of the called side. `isolate`: each call of a sync agent runs in a child process that can be killed.
+
+    `token_limit`: tokens over all processes, as in "100000/minute", shared like `rate_limit`; until a call's tokens are known it counts as
+    `tokens_per_call`. `fallback`: a function with the parameters of `execute`, or another agent, that answers where the calls finally
+    failed. `when_open` says what becomes of the records whose calls an open breaker refuses: "fail" the batch, take the "fallback" (the
+    default where there is one), or "defer" them to the next run. `keep_answers`: seconds for which an answer is kept and the same call is
+    not made again; 0 keeps none.
     """
 
     timeout: float | None = None
@@ -56,6 +64,11 @@ class Policy:
     breaker: Breaker | None = None
     not_counted: tuple[type[BaseException], ...] = ()
     isolate: bool = False
+    token_limit: str | None = None
+    tokens_per_call: int = 1000
+    fallback: Callable[..., Any] | None = None
+    when_open: Literal["fail", "fallback", "defer"] | None = None
+    keep_answers: float = 7 * 86400.0
 
     def __post_init__(self) -> None:
         if self.timeout is not None:

@@ -16,7 +16,7 @@ from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects
 from dagster_mao.state.projection import Projection
 from dagster_mao.state.quarantine import QUARANTINE_SCHEMA
-from dagster_mao.state.seal import QUARANTINE_SUFFIX, Kind, Parent, Seal
+from dagster_mao.state.seal import DEFERRED_SUFFIX, QUARANTINE_SUFFIX, Kind, Parent, Seal
 from dagster_mao.state.snapshots import Staged, snapshot_name
 
 _OUTPUTS = ("entry", "output")  # the kinds of seal that hold an agent's rows
@@ -52,6 +52,9 @@ class Provenance(BaseModel):
     seed: int
     latency_seconds: float
     library_version: str
+    fallbacks: int | None = None
+    policy: str | None = None
+    usage: str | None = None
 
 
 class Attempt:
@@ -168,10 +171,13 @@ class Attempt:
         provenance: Provenance,
         quarantine: Staged | None = None,
         quarantined: int = 0,
+        deferred: Staged | None = None,
+        deferred_count: int = 0,
     ) -> tuple[Seal, bool]:
         """Makes the staged batch the workflow's next version; returns the seal and whether it was there already (its own, sealed before).
 
-        `quarantine` is the file of the `quarantined` records that were kept out of it. Raises `StaleStateError` or `FencedError` when this
+        `quarantine` is the file of the `quarantined` records that were kept out of it, `deferred` that of the `deferred_count` records that
+        wait for the next run. Raises `StaleStateError` or `FencedError` when this
         step lost; then nothing of it is visible to anybody.
         """
         table = f"tables/{self._pins.pipeline}/{agent}"
@@ -187,6 +193,9 @@ class Attempt:
             "sealed_at": dt.datetime.now(dt.timezone.utc),
             "quarantine_digest": quarantine.digest if quarantine else None,
             "quarantine_bytes": quarantine.size_bytes if quarantine else None,
+            "deferred": deferred_count or None,
+            "deferred_digest": deferred.digest if deferred else None,
+            "deferred_bytes": deferred.size_bytes if deferred else None,
         }
         pinned = len(self._seen)
         reused = False
@@ -203,7 +212,11 @@ class Attempt:
             if quarantine is not None:
                 aside = f"{table}{QUARANTINE_SUFFIX}/{snapshot_name(self.workflow_id, len(seen), quarantine.digest)}"
                 self._objects.adopt(quarantine.file, aside)
-            return next_seal(seen, {**row, "path": path, "quarantine_path": aside})
+            waiting = None
+            if deferred is not None:
+                waiting = f"{table}{DEFERRED_SUFFIX}/{snapshot_name(self.workflow_id, len(seen), deferred.digest)}"
+                self._objects.adopt(deferred.file, waiting)
+            return next_seal(seen, {**row, "path": path, "quarantine_path": aside, "deferred_path": waiting})
 
         seal = self._log.append(self.workflow_id, self._seen, make, self._table)
         self._table = None  # it has moved
@@ -216,7 +229,7 @@ class Attempt:
 
     def _already(self, seen: Sequence[Seal], row: Mapping[str, Any]) -> Seal | None:
         """This lineage's last seal of the agent, when it says the same: a lost acknowledgement, or a re-execution that changed nothing."""
-        same = ("digest", "quarantine_digest", "parents", "contract_hash", "agent_version", "config", "model")
+        same = ("digest", "quarantine_digest", "deferred_digest", "parents", "contract_hash", "agent_version", "config", "model")
         own = [seal for seal in seen if self._is_own(seal, row["agent"])]
         if own and all(getattr(own[-1], name) == row[name] for name in same):
             return own[-1]

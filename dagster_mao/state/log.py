@@ -58,6 +58,13 @@ _COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
     "quarantine_path": pl.String,
     "quarantine_digest": pl.String,
     "quarantine_bytes": pl.Int64,
+    "deferred": pl.Int64,
+    "deferred_path": pl.String,
+    "deferred_digest": pl.String,
+    "deferred_bytes": pl.Int64,
+    "fallbacks": pl.Int64,
+    "policy": pl.String,
+    "usage": pl.String,
     "seal_digest": pl.String,
 }
 SCHEMA = pl.Schema(_COLUMNS)

@@ -1,4 +1,4 @@
-"""What quarantine files and dispositions hold: the same columns for every agent, whatever its contracts."""
+"""What quarantine files, deferred files and dispositions hold: the same columns for every agent, whatever its contracts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ _QUARANTINE: dict[str, pl.DataType | type[pl.DataType]] = {
 }
 QUARANTINE_SCHEMA = pl.Schema(_QUARANTINE)
 """One row per refusal: a record that two upstreams' contracts refuse has two."""
+
+_DEFERRED: dict[str, pl.DataType | type[pl.DataType]] = {
+    "record": pl.String,  # the record's key as text
+    "agent": pl.String,  # whose call was not made: this agent's, or that of one above it
+    "why": pl.String,  # the breaker that was open
+}
+DEFERRED_SCHEMA = pl.Schema(_DEFERRED)
+"""One row per record that waits for the next run."""
 
 _DISPOSITION: dict[str, pl.DataType | type[pl.DataType]] = {
     "agent": pl.String,

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 Kind = Literal["entry", "output", "fence", "compensated", "disposition"]
 QUARANTINE_SUFFIX = "_quarantine"  # of the table, and of the asset, beside the agent's own
+DEFERRED_SUFFIX = "_deferred"
 
 
 class SealedFile(NamedTuple):
@@ -45,7 +46,8 @@ class Seal(BaseModel):
     dropped from the middle unseen. `base` is the head of the workflow (-1 when empty) when the attempt pinned what it does not produce
     itself, and `plan` the agents the attempt set out to seal: it is complete when it has sealed them all.
     `quarantined` counts the records that were kept out of the snapshot; they are in the quarantine file, which may show one of them
-    several times, once per boundary side that refused it.
+    several times, once per boundary side that refused it. `deferred` counts those that wait for the next run, in the deferred file, and
+    `fallbacks` those of the snapshot that the agent's fallback answered.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -85,6 +87,13 @@ class Seal(BaseModel):
     quarantine_path: str | None = None  # relative to the store's root; None when no record was quarantined
     quarantine_digest: str | None = None
     quarantine_bytes: int | None = None
+    deferred: int | None = None  # None when no record waits
+    deferred_path: str | None = None
+    deferred_digest: str | None = None
+    deferred_bytes: int | None = None
+    fallbacks: int | None = None  # None when no answer came from the fallback
+    policy: str | None = None  # JSON of the policy in force where an operator overrode the agent's
+    usage: str | None = None  # JSON of what the calls came to, as `CallSummary`
     seal_digest: str
 
     @property
@@ -94,11 +103,13 @@ class Seal(BaseModel):
 
     @property
     def files(self) -> tuple[SealedFile, ...]:
-        """The snapshot and, where there is one, the quarantine file."""
+        """The snapshot and, where there are such, the quarantine file and the file of deferred records."""
         found = [SealedFile(self.path, self.digest, self.size_bytes, self.row_count, self.table)] if self.path else []
         if self.quarantine_path and self.quarantine_digest:
             table = f"{self.table}{QUARANTINE_SUFFIX}"
             found.append(SealedFile(self.quarantine_path, self.quarantine_digest, self.quarantine_bytes or 0, None, table))
+        if self.deferred_path and self.deferred_digest:
+            found.append(SealedFile(self.deferred_path, self.deferred_digest, self.deferred_bytes or 0, self.deferred, ""))
         return tuple(found)
 
     def canonical_digest(self) -> str:

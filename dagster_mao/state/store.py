@@ -17,7 +17,7 @@ from dagster_mao.state import snapshots
 from dagster_mao.state.attempt import Attempt, Pins, effective, next_seal
 from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects, safe_name
-from dagster_mao.state.quarantine import DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
+from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
 from dagster_mao.state.seal import Kind, Seal, SealedFile
 
 _DATABASE = "shared.db"
@@ -109,6 +109,12 @@ class StateStore:
         """What was kept out of a state version, as `QUARANTINE_SCHEMA` says; unmasked. Raises as `read` does."""
         if not seal.quarantine_path:
             return pl.DataFrame(schema=QUARANTINE_SCHEMA)
+        return self._read(seal, seal.files[1]).collect()
+
+    def deferred(self, seal: Seal) -> pl.DataFrame:
+        """The records that wait for the next run, as `DEFERRED_SCHEMA` says. Raises as `read` does."""
+        if not seal.deferred_path:
+            return pl.DataFrame(schema=DEFERRED_SCHEMA)
         return self._read(seal, seal.files[-1]).collect()
 
     def _read(self, seal: Seal, file: SealedFile) -> pl.LazyFrame:
