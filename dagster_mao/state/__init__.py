@@ -1,17 +1,21 @@
 """State: versions, snapshots, seals, digests. Delta and files; knows nothing of Dagster, of agents or of contracts."""
 
 from dagster_mao.state.attempt import Attempt, Provenance
+from dagster_mao.state.calls import CALLS_SCHEMA, CALLS_SUFFIX, CallSummary
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
 from dagster_mao.state.seal import QUARANTINE_SUFFIX, Parent, Seal
 from dagster_mao.state.snapshots import Staged, staged
 from dagster_mao.state.store import StateStore
 
 __all__ = [
+    "CALLS_SCHEMA",
+    "CALLS_SUFFIX",
     "DEFERRED_SCHEMA",
     "DISPOSITION_SCHEMA",
     "QUARANTINE_SCHEMA",
     "QUARANTINE_SUFFIX",
     "Attempt",
+    "CallSummary",
     "Parent",
     "Provenance",
     "Seal",

@@ -15,6 +15,7 @@ from deltalake import DeltaTable
 from dagster_mao.errors import PinError, TamperedError, UnknownVersionError
 from dagster_mao.state import snapshots
 from dagster_mao.state.attempt import Attempt, Pins, effective, next_seal
+from dagster_mao.state.calls import CallsTable
 from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects, safe_name
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
@@ -116,6 +117,17 @@ class StateStore:
         if not seal.deferred_path:
             return pl.DataFrame(schema=DEFERRED_SCHEMA)
         return self._read(seal, seal.files[-1]).collect()
+
+    def add_calls(self, pipeline: str, agent: str, calls: pl.DataFrame | pl.LazyFrame) -> bool:
+        """Adds rows of `CALLS_SCHEMA` to the agent's table of calls, in one commit that survives power loss; the same rows are added once.
+
+        False, with a warning in the log, when the store does not take them: what calls came to never fails a step.
+        """
+        return CallsTable(self.objects, pipeline, agent).append(calls)
+
+    def calls(self, pipeline: str, agent: str, workflow_id: str | None = None) -> pl.LazyFrame:
+        """The agent's calls as `CALLS_SCHEMA` says, of all workflows or one, in no order; empty when none was logged."""
+        return CallsTable(self.objects, pipeline, agent).scan(workflow_id)
 
     def _read(self, seal: Seal, file: SealedFile) -> pl.LazyFrame:
         if seal.canonical_digest() != seal.seal_digest:

@@ -21,6 +21,7 @@ from polars.exceptions import PanicException
 from pydantic import ValidationError
 
 from dagster_mao.errors import MaoError, TamperedError, UnknownVersionError
+from dagster_mao.state.calls import CALLS_SUFFIX
 from dagster_mao.state.log import StateLog
 from dagster_mao.state.projection import Projection
 from dagster_mao.state.seal import Seal
@@ -283,8 +284,9 @@ def _files(meant: Sequence[Seal], seals: Sequence[Seal], files: Mapping[str, str
 
 def _tables(store: StateStore, seals: Sequence[Seal], *, whole: bool) -> list[str]:
     tables = {file.table for seal in seals for file in seal.files if file.table}
-    if whole:  # also those that no seal speaks of (any more)
-        tables |= {path.partition("/_delta_log/")[0] for path in store.objects.list("tables") if "/_delta_log/" in path}
+    if whole:  # also those that no seal speaks of (any more), but for tables of calls, which are not sealed
+        found = {path.partition("/_delta_log/")[0] for path in store.objects.list("tables") if "/_delta_log/" in path}
+        tables |= {table for table in found if not table.endswith(CALLS_SUFFIX)}
     return sorted(tables)
 
 
