@@ -7,7 +7,7 @@ a `Pipeline` wires them, `run` runs one without Dagster. The names of the Dagste
 from typing import TYPE_CHECKING, Any
 
 from dagster_mao.agent import Agent, AgentContext, Quarantine, agent
-from dagster_mao.contract import DataFrame, Key, LazyFrame, Personal
+from dagster_mao.contract import DataFrame, FromFallback, Key, LazyFrame, Personal
 from dagster_mao.errors import (
     AgentCallError,
     AgentFailedError,
@@ -55,6 +55,7 @@ __all__ = [
     "Expectations",
     "ExternalEntry",
     "FencedError",
+    "FromFallback",
     "IncompatibleContractError",
     "InvalidRecordsError",
     "Key",

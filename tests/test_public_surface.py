@@ -15,6 +15,7 @@ EAGER = {
     "DataFrame",
     "Expectations",
     "ExternalEntry",
+    "FromFallback",
     "Key",
     "LazyFrame",
     "Personal",

@@ -5,7 +5,7 @@ from dagster_mao.contract._columns import Column, Line, columns, lines
 from dagster_mao.contract._compare import Difference, compare
 from dagster_mao.contract._contract import Contract
 from dagster_mao.contract._evolve import Change, evolution
-from dagster_mao.contract._markers import DataFrame, Key, LazyFrame, Personal
+from dagster_mao.contract._markers import DataFrame, FromFallback, Key, LazyFrame, Personal
 from dagster_mao.contract._masking import MASK, by_field, by_name, has_personal, hide, unmarked_personal
 from dagster_mao.contract._types import spell
 from dagster_mao.contract._verdict import Refused, RuleFailure, Sifted, Verdict, field_of, text_of
@@ -17,6 +17,7 @@ __all__ = [
     "Contract",
     "DataFrame",
     "Difference",
+    "FromFallback",
     "Key",
     "LazyFrame",
     "Line",

@@ -18,7 +18,8 @@ from pydantic_core import PydanticUndefined, SchemaValidator, to_jsonable_python
 
 from dagster_mao.contract._check import Judge, check, conformed, rule_of, schema_failures, sift
 from dagster_mao.contract._evolve import upgraded
-from dagster_mao.contract._markers import Key
+from dagster_mao.contract._json import dumped, loaded, restoring
+from dagster_mao.contract._markers import FromFallback, Key
 from dagster_mao.contract._rules import Rule, rules_of
 from dagster_mao.contract._types import Field, Type, definitions_of, dtype_text, fields_of, has_model_validators, modes_of
 from dagster_mao.contract._values import EXTRAS, MICROSECOND, UndecodableError, decode_struct, decoded, encoded
@@ -36,8 +37,9 @@ class Contract(Generic[M]):
     """What both sides of a boundary hold a batch to. Make one with `Contract.of(Model)`.
 
     Attributes: the pydantic `model`; its `name`; its `version` (the model's `__contract_version__`, "1" if it has none); `key`, the field
-    marked `mao.Key`, or None; `personal`, the fields marked `mao.Personal` and those that hold a secret; `schema`, the exact column types,
-    in field order; `fields`, the same as a tree with the constraints; `closed`, whether extra="forbid" refuses columns that it has not.
+    marked `mao.Key`, or None; `personal`, the fields marked `mao.Personal` and those that hold a secret; `from_fallback`, the field marked
+    `mao.FromFallback`, or None; `schema`, the exact column types, in field order; `fields`, the same as a tree with the constraints;
+    `closed`, whether extra="forbid" refuses columns that it has not.
 
     Columns have the names of the fields, whatever their aliases. What extra="allow" lets in is one more column, `model_extra`. Computed
     fields are no columns: they follow from what is there, and are computed again when it is read.
@@ -54,6 +56,7 @@ class Contract(Generic[M]):
             raise ContractDefinitionError(f"contract {self.name}: its version is no text", fix='write __contract_version__ = "2"')
         self.fields = fields_of(model)
         self.key = self._key()
+        self.from_fallback = self._from_fallback()
         self.closed = model.model_config.get("extra") == "forbid"
         self.personal = frozenset(f.name for f in self.fields if f.personal)
         self.schema = pl.Schema({f.name: f.type.dtype for f in self.fields})
@@ -101,12 +104,24 @@ class Contract(Generic[M]):
                 )
         return keys[0] if keys else None
 
+    def _from_fallback(self) -> str | None:
+        names = [name for name, info in self.model.model_fields.items() if FromFallback in info.metadata]
+        if len(names) > 1:
+            what = f"contract {self.name}: {names[0]!r} and {names[1]!r} both say what the fallback answered"
+            raise ContractDefinitionError(what, field=names[1], fix="mark one field with mao.FromFallback")
+        for name in names:
+            kind = next(f.type for f in self.fields if f.name == name)
+            if kind.name != "bool" or kind.nullable:
+                fix = f"write `{name}: Annotated[bool, mao.FromFallback] = False`"
+                raise ContractDefinitionError(f"contract {self.name}: a yes or no that is no bool", field=name, fix=fix)
+        return names[0] if names else None
+
     # --- what it says ------------------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """The contract as JSON-able data: name, version, key, fields with types and constraints, and whether validators judge too.
 
-        Where there are any: `default` of a field (without one it is required), `modes` of validators, `description`s.
+        Where there are any: `default` of a field (without one it is required), `modes` of validators, `description`s, `from_fallback`.
         """
         core: Any = self.model.__pydantic_core_schema__
         modes = modes_of(core, definitions_of(core))
@@ -118,6 +133,7 @@ class Contract(Generic[M]):
             "key": self.key,
             "fields": [_describe_field(f) for f in self.fields],
             "validators": bool(self.judges),
+            **({"from_fallback": self.from_fallback} if self.from_fallback else {}),
         }
 
     @cached_property
@@ -316,6 +332,29 @@ class Contract(Generic[M]):
                 raise InvalidRecordsError(what, field=refused.path, fix="correct the record, or the model") from None
             yield model
 
+    def dump(self, record: M) -> bytes:
+        """A record as JSON: what `load` makes of it is what a snapshot would give back. Not masked.
+
+        Raises TypeError or ValueError for a record that cannot be a row.
+        """
+        return dumped({f.name: encoded(getattr(record, f.name, None), f.type) for f in self.fields})
+
+    def load(self, data: bytes) -> M:
+        """The record that `dump` wrote, validated. Raises InvalidRecordsError, naming no value, when it does not keep the contract."""
+        restore, decode = self._loading
+        try:
+            row = loaded(data, restore)
+            return cast(M, _validator(self.model)(decoded(row, decode)))
+        except ValidationError as refused:
+            raise _refused(0, self.name, refused) from None
+        except (UndecodableError, ValueError, ArithmeticError, AttributeError, TypeError) as error:
+            what = f"what was kept is no {self.name} ({type(error).__name__})"
+            raise InvalidRecordsError(what, fix="call the agent again") from None
+
+    @cached_property
+    def _loading(self) -> tuple[Any, Any]:
+        return restoring(self.schema), decode_struct(self.fields)
+
 
 def _hides(field: Field) -> bool:
     """Whether anything in the field is personal: what pydantic refused need not have the shape that says where."""
@@ -434,8 +473,12 @@ def _canonical(value: Any, node: Type) -> Any:
     return plain(value // MICROSECOND if isinstance(value, dt.timedelta) else value)
 
 
+# `from_fallback` is the platform's to keep.
+_NO_DEMANDS = {"description", "default", "modes", "from_fallback"}
+
+
 def _without_descriptions(described: Any) -> Any:
     if isinstance(described, dict):
         # A default fills in what is not there; what is there is judged all the same.
-        return {k: _without_descriptions(v) for k, v in described.items() if k not in {"description", "default", "modes"}}
+        return {k: _without_descriptions(v) for k, v in described.items() if k not in _NO_DEMANDS}
     return [_without_descriptions(v) for v in described] if isinstance(described, list) else described

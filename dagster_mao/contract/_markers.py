@@ -29,6 +29,10 @@ Key = Marker("Key")
 Personal = Marker("Personal")
 """A field whose values appear in no log, check, report or error: `Annotated[str, mao.Personal]`."""
 
+FromFallback = Marker("FromFallback")
+"""The field that says whether an agent's fallback answered: `from_fallback: Annotated[bool, mao.FromFallback] = False`. The platform sets
+it; what `execute` puts there does not count."""
+
 
 if TYPE_CHECKING:
     # To a type checker `mao.LazyFrame[M]` is the polars frame that the agent receives and returns. The other member of the union is there

@@ -31,7 +31,7 @@ from pydantic import (
     model_validator,
 )
 
-from dagster_mao.contract import Column, Contract, DataFrame, Key, LazyFrame, Personal, columns
+from dagster_mao.contract import Column, Contract, DataFrame, FromFallback, Key, LazyFrame, Personal, columns
 from dagster_mao.errors import ContractDefinitionError
 
 
@@ -64,7 +64,14 @@ def test_a_model_has_one_contract() -> None:
 
 
 def test_markers_survive_pickling_as_themselves() -> None:
-    assert pickle.loads(pickle.dumps((Key, Personal))) == (Key, Personal)  # noqa: S301 - our own bytes
+    assert pickle.loads(pickle.dumps((Key, Personal, FromFallback))) == (Key, Personal, FromFallback)  # noqa: S301 - our own bytes
+
+
+def test_what_the_fallback_answered_is_said_in_the_description_and_demands_nothing() -> None:
+    plain, marked = (Contract(create_model("M", said=(annotation, False))) for annotation in (bool, Annotated[bool, FromFallback]))
+    assert (plain.from_fallback, marked.from_fallback) == (None, "said")
+    assert marked.describe() == {**plain.describe(), "from_fallback": "said"}
+    assert marked.hash == plain.hash
 
 
 def test_the_frame_annotations_carry_their_model_and_are_nothing_at_run_time() -> None:
@@ -133,6 +140,19 @@ class TwoKeys(BaseModel):
     b: Annotated[str, Key]
 
 
+class TwoAnswers(BaseModel):
+    a: Annotated[bool, FromFallback]
+    b: Annotated[bool, FromFallback]
+
+
+class PerhapsAnAnswer(BaseModel):
+    a: Annotated[bool | None, FromFallback] = None
+
+
+class AnswerInWords(BaseModel):
+    a: Annotated[str, FromFallback]
+
+
 class OptionalKey(BaseModel):
     a: Annotated[str | None, Key]
 
@@ -158,6 +178,9 @@ def field(annotation: Any) -> type[BaseModel]:
     ("model", "name", "what"),
     [
         (TwoKeys, "b", "two keys"),
+        (TwoAnswers, "b", "both say what the fallback answered"),
+        (PerhapsAnAnswer, "a", "no bool"),
+        (AnswerInWords, "a", "no bool"),
         (OptionalKey, "a", "its key is optional"),
         (FloatKey, "a", "its key is of type float"),
         (HoldsOdd, "a[]", "no Delta column"),
