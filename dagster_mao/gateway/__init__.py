@@ -1,7 +1,35 @@
 """The gateway: what every call of an agent passes through. No Dagster, no Delta in this room."""
 
+from typing import TYPE_CHECKING, Any
+
 from dagster_mao.gateway._gateway import Gateway, shared_store
+from dagster_mao.gateway._key import idempotency_key
 from dagster_mao.gateway._policy import Breaker, Policy, TransientError, parse_rate
 from dagster_mao.gateway._record import CallOutcome, CallRecord, usage
 
-__all__ = ["Breaker", "CallOutcome", "CallRecord", "Gateway", "Policy", "TransientError", "parse_rate", "shared_store", "usage"]
+if TYPE_CHECKING:
+    from dagster_mao.gateway._answers import Answer, Answers, Unlogged
+
+__all__ = [
+    "Answer",
+    "Answers",
+    "Breaker",
+    "CallOutcome",
+    "CallRecord",
+    "Gateway",
+    "Policy",
+    "TransientError",
+    "Unlogged",
+    "idempotency_key",
+    "parse_rate",
+    "shared_store",
+    "usage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Answer", "Answers", "Unlogged"):  # they need SQLAlchemy, which steps import that keep answers
+        from dagster_mao.gateway import _answers
+
+        return getattr(_answers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

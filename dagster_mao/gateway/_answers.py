@@ -1,0 +1,540 @@
+"""Answers of calls, kept until their step has sealed: what was paid for is not asked again after a crash.
+
+An answer is committed before its call is over for the agent's step, together with others that wait at the same moment (group commit).
+Killing the process loses none that was kept; power loss at most those of the last second. docs/adr/0014 says what survives what, and why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+
+from dagster_mao.errors import StoreError
+from dagster_mao.gateway._record import CallRecord
+from dagster_mao.gateway._shared import METADATA, SharedStore
+
+SYNC_EVERY = 1.0  # seconds after which what was kept survives power loss too
+_LOOKED_UP = 500  # keys per statement
+_PAGE = 10_000  # answers that are read or forgotten at a time, without holding up those who write
+_BITE = 1_000
+_ALIVE = 60.0  # seconds for which a step that kept something is let alone, however short its answers are to be kept
+_NUMBERS = 2**32  # answers that a step may keep
+_LOG = logging.getLogger(__name__)
+
+_STEPS = sa.Table(
+    "mao_answer_steps",
+    METADATA,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("pipeline", sa.Text, nullable=False),
+    sa.Column("agent", sa.Text, nullable=False),
+    sa.Column("workflow_id", sa.Text, nullable=False),
+    sa.Column("fingerprint", sa.Text, nullable=False),
+    sa.Column("attempt", sa.Text, nullable=False),
+    sa.Column("run_id", sa.Text, nullable=False),
+    sa.Column("about", sa.Text, nullable=False),  # what else the call log says of the step's calls, as JSON
+    sa.Column("logged", sa.BigInteger, nullable=False),  # its answers up to this number are in the calls table
+    sa.Column("last", sa.Double, nullable=False),  # when it last kept something, to the second
+    sa.Index("mao_answer_steps_of", "pipeline", "agent", "workflow_id"),
+    sqlite_autoincrement=True,  # an id is never given twice: a late step must not write into another's
+)
+_ANSWERS = sa.Table(
+    "mao_answers",
+    METADATA,
+    # Of the step, times 2**32, plus the number in the step. So a step's answers lie together, in their order.
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column("family", sa.BigInteger, nullable=False),  # workflow, agent and fingerprint, hashed: what is looked up together lies together
+    sa.Column("key", sa.LargeBinary, nullable=False),
+    sa.Column("record", sa.LargeBinary),  # as bytes: a key may be any text
+    sa.Column("value", sa.LargeBinary, nullable=False),
+    sa.Column("told", sa.Text, nullable=False),  # the `CallRecord`, as JSON, so that it may grow
+    sa.Index("mao_answers_of", "family", "key"),
+)
+_COLUMNS = "id, family, key, record, value, told"
+
+
+class Answer(NamedTuple):
+    """What a call answered, in bytes, what the gateway told of it, and whose call it was."""
+
+    value: bytes
+    told: CallRecord
+    attempt: str
+    run_id: str
+
+
+class Unlogged(NamedTuple):
+    """An answered call that is not in the calls table: its step was killed. `about`: as that step was given it."""
+
+    key: str
+    record: str | None
+    told: CallRecord
+    attempt: str
+    run_id: str
+    about: dict[str, Any]
+
+
+class Answers:
+    """The kept answers of one agent in one workflow, as one step sees and adds to them.
+
+    `fingerprint` stands for all that makes an answer another one with the same inputs: the agent's version, configuration, model, contract.
+    An answer is known again for `keep` seconds, under the same key and fingerprint; with `fresh` none is. `about` is kept once, for whoever
+    logs the calls of this step if it is killed: JSON-able values.
+
+    To be used by one step: by its threads, and by the tasks of its event loop. A forked child that uses it counts as another step. Any
+    method may raise `StoreError`.
+    """
+
+    def __init__(
+        self,
+        shared: SharedStore,
+        *,
+        pipeline: str,
+        workflow_id: str,
+        agent: str,
+        fingerprint: str,
+        attempt: str,
+        run_id: str,
+        keep: float,
+        fresh: bool = False,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._shared, self._keep, self._fresh = shared, keep, fresh
+        self._of = {"pipeline": pipeline, "agent": agent, "workflow_id": workflow_id}
+        self._mine = {**self._of, "fingerprint": fingerprint, "attempt": attempt, "run_id": run_id, "about": json.dumps(dict(about or {}))}
+        self._family = _family(workflow_id, agent, fingerprint)
+        self._handed_out: dict[int, int] = {}  # last number, by step
+        self._begin()
+        _ALL.add(self)
+
+    def _begin(self) -> None:
+        self._state = threading.Lock()  # of what waits to be committed; held for an instant
+        self._wake = threading.Condition(self._state)
+        self._commits = threading.Lock()  # held by whoever commits; taken before the store's own
+        self._waiting = _Batch()
+        self._numbers = 0
+        self._step: int | None = None
+        self._line: _Line | None = None
+        self._synced = 0.0  # by the monotonic clock
+        self._dirty = False  # something is committed that a power loss may take
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    # -- what is known ---------------------------------------------------------------------------------------------------------------
+
+    def known(self, keys: Sequence[str]) -> dict[str, Answer]:
+        """The answers kept under these keys; nothing with `fresh`. Of several, that of the step which began last."""
+        if self._fresh or not keys:
+            return {}
+        found: dict[str, tuple[int, Answer]] = {}
+        with self._shared.reading() as connection:
+            steps = {
+                row.id: (row.attempt, row.run_id)
+                for row in connection.execute(self._steps().where(_STEPS.c.fingerprint == self._mine["fingerprint"]))
+            }
+            if not steps:
+                return {}
+            oldest = self._shared.now(connection) - self._keep
+            for start in range(0, len(keys), _LOOKED_UP):
+                wanted = [bytes.fromhex(key) for key in keys[start : start + _LOOKED_UP]]
+                query = sa.select(_ANSWERS.c.id, _ANSWERS.c.key, _ANSWERS.c.value, _ANSWERS.c.told).where(
+                    _ANSWERS.c.family == self._family, _ANSWERS.c.key.in_(wanted)
+                )
+                for number, key, value, told in connection.execute(query):
+                    step, record = steps.get(number // _NUMBERS), _record(told)
+                    if step is None or record.started < oldest:
+                        continue
+                    before = found.get(key.hex())
+                    if before is None or before[0] < number:
+                        found[key.hex()] = number, Answer(bytes(value), record, *step)
+        return {key: answer for key, (_, answer) in found.items()}
+
+    def _steps(self) -> sa.Select[Any]:
+        return sa.select(_STEPS).where(*(_STEPS.c[name] == value for name, value in self._of.items()))
+
+    # -- keeping ---------------------------------------------------------------------------------------------------------------------
+
+    def keep(self, key: str, record: str | None, value: bytes, told: CallRecord) -> None:
+        """Keeps an answer. When it returns, the answer survives SIGKILL of this process. For threads."""
+        batch = self._add(_row(key, record, value, told))
+        while not batch.settled:
+            # Whoever gets here first commits for all who came meanwhile.
+            with self._commits:
+                if not batch.settled:
+                    self._commit()
+        if batch.error is not None:
+            raise batch.error.again()
+
+    async def akeep(self, key: str, record: str | None, value: bytes, told: CallRecord) -> None:
+        """As `keep`, without holding up the event loop."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._add(_row(key, record, value, told), (loop, future))
+        await future
+
+    def _add(self, row: _Row, waiter: _Waiter | None = None) -> _Batch:
+        with self._state:
+            if self._closed:
+                raise RuntimeError("these answers are closed")
+            self._numbers += 1
+            batch = self._waiting
+            batch.rows.append((self._numbers, *row))
+            if waiter is not None:
+                batch.waiters.append(waiter)
+                if len(batch.waiters) == 1:
+                    self._rouse()
+        return batch
+
+    def _rouse(self) -> None:
+        """Under `_state`: the thread that commits for tasks, and that makes a pause durable, shall look."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="mao-answers", daemon=True)
+            self._thread.start()
+        self._wake.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._state:
+                while not self._closed and not self._waiting.waiters:
+                    pause = self._synced + SYNC_EVERY - time.monotonic() if self._dirty else None
+                    if pause is not None and pause <= 0:
+                        break
+                    self._wake.wait(pause)
+                if self._closed:
+                    return
+            with self._commits, suppress(StoreError):  # those who wait are told; the rest is for the next try
+                self._commit()
+
+    def _commit(self, *, durable: bool = False) -> None:
+        """Under `_commits`: commits what waits. At most once in `SYNC_EVERY`, and where it is asked for, durably."""
+        with self._state:
+            batch, self._waiting = self._waiting, _Batch()
+        try:
+            durable = durable or self._step is None or time.monotonic() - self._synced >= SYNC_EVERY
+            if durable and (batch.rows or self._dirty):
+                self._write_durably(batch.rows)
+            elif batch.rows:
+                self._write(batch.rows)
+        except StoreError as error:
+            batch.error = _Told(error.what, error.fix)
+            if not batch.rows:
+                raise
+        except BaseException:
+            batch.error = _Told("Keeping an answer was interrupted", None)
+            raise
+        finally:
+            batch.settle()
+
+    def _write(self, rows: list[_Numbered]) -> None:
+        """One statement or two, on a connection that does nothing else: SQLAlchemy's costs are those of ten answers."""
+        try:
+            with _turn(self._shared):
+                if self._line is None:
+                    self._line = _Line(self._shared)
+                self._line.insert(self._placed(rows, self._step))
+        except _BROKEN:
+            # The connection may be gone, with or without its last commit.
+            self._drop_line()
+            self._write_durably(rows)
+            return
+        except BaseException:
+            self._drop_line()
+            raise
+        if not self._dirty:
+            with self._state:
+                self._dirty = True
+                self._rouse()
+
+    def _write_durably(self, rows: list[_Numbered]) -> None:
+        with self._shared.transaction() as connection:
+            now = self._shared.now(connection)
+            step = self._step
+            if step is not None:
+                touched = connection.execute(sa.update(_STEPS).where(_STEPS.c.id == step).values(last=now))
+                step = step if touched.rowcount else None  # it was silent for so long that it is forgotten
+            if step is None:
+                step = connection.scalar(sa.insert(_STEPS).values(**self._mine, logged=0, last=now).returning(_STEPS.c.id))
+            if rows:
+                mark = "?" if connection.dialect.name == "sqlite" else "%s"
+                insert = f"INSERT INTO mao_answers ({_COLUMNS}) VALUES ({', '.join([mark] * 6)}) ON CONFLICT DO NOTHING"  # noqa: S608
+                connection.exec_driver_sql(insert, self._placed(rows, step))
+        self._step, self._dirty, self._synced = step, False, time.monotonic()
+
+    def _placed(self, rows: list[_Numbered], step: int | None) -> list[_Placed]:
+        first, family = (step or 0) * _NUMBERS, self._family
+        return [(first + number, family, key, record, value, told) for number, key, record, value, told in rows]
+
+    def _drop_line(self) -> None:
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
+
+    # -- the call log ----------------------------------------------------------------------------------------------------------------
+
+    def unlogged(self) -> Iterator[Unlogged]:
+        """The answered calls that other steps of this agent and workflow kept and did not log, whatever their fingerprint, step by step.
+
+        A step that is still alive cannot be told from a killed one: then both log the same rows.
+        """
+        with self._shared.reading() as connection:
+            steps = connection.execute(self._steps().order_by(_STEPS.c.id)).all()
+        for step in steps:
+            if step.id == self._step:
+                continue
+            last, about = step.logged, json.loads(step.about)
+            while True:
+                page = (
+                    sa.select(_ANSWERS.c.id, _ANSWERS.c.key, _ANSWERS.c.record, _ANSWERS.c.told)
+                    .where(_ANSWERS.c.id > step.id * _NUMBERS + last, _ANSWERS.c.id < (step.id + 1) * _NUMBERS)
+                    .order_by(_ANSWERS.c.id)
+                    .limit(_PAGE)
+                )
+                with self._shared.reading() as connection:
+                    rows = connection.execute(page).all()
+                if not rows:
+                    break
+                for row in rows:
+                    record = None if row.record is None else bytes(row.record).decode("utf-8", "surrogatepass")
+                    yield Unlogged(row.key.hex(), record, _record(row.told), step.attempt, step.run_id, about)
+                last = rows[-1].id % _NUMBERS
+                self._handed_out[step.id] = last
+
+    def logged(self) -> None:
+        """Notes that the calls table has all answers kept until now, and all that `unlogged` handed out (to its end)."""
+        with self._commits:
+            self._commit(durable=True)
+        done = dict(self._handed_out)
+        if self._step is not None:
+            done[self._step] = self._numbers
+        if not done:
+            return
+        with self._shared.transaction() as connection:
+            for step, number in done.items():
+                connection.execute(sa.update(_STEPS).where(_STEPS.c.id == step, _STEPS.c.logged < number).values(logged=number))
+        self._handed_out.clear()
+
+    # -- the end ---------------------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Everything that was kept survives power loss, the thread has ended, and answers older than `keep` seconds are forgotten."""
+        with self._state:
+            if self._closed:
+                return
+            self._closed = True
+            thread = self._thread
+            self._wake.notify()
+        if thread is not None:
+            thread.join()
+        with self._commits:
+            try:
+                self._commit(durable=True)
+            finally:
+                self._drop_line()
+        try:
+            self._forget()
+        except StoreError as error:
+            _LOG.warning("agent %r: old answers could not be forgotten: %s", self._of["agent"], error)
+
+    def _forget(self) -> None:
+        """Old answers of this agent, of all its workflows: in bites between which others write, and twice as many as it kept."""
+        left = max(10 * _BITE, 2 * self._numbers)
+        agent = (_STEPS.c.pipeline == self._of["pipeline"]) & (_STEPS.c.agent == self._of["agent"])
+        with self._shared.reading() as connection:
+            oldest = self._shared.now(connection) - max(self._keep, _ALIVE)
+            query = sa.select(_STEPS.c.id).where(agent, _STEPS.c.last < oldest).order_by(_STEPS.c.last).limit(1000)
+            steps = list(connection.scalars(query))
+        for step in steps:
+            within = _ANSWERS.c.id.between(step * _NUMBERS, (step + 1) * _NUMBERS - 1)
+            bite = sa.delete(_ANSWERS).where(_ANSWERS.c.id.in_(sa.select(_ANSWERS.c.id).where(within).limit(_BITE)))
+            while left > 0:
+                begun = time.monotonic()
+                with self._shared.transaction(durable=False) as connection:
+                    forgotten = connection.execute(bite).rowcount
+                    if forgotten < _BITE:
+                        # Unless it has come back to life meanwhile.
+                        connection.execute(sa.delete(_STEPS).where(_STEPS.c.id == step, _STEPS.c.last < oldest))
+                left -= forgotten + 1
+                if forgotten < _BITE:
+                    break
+                time.sleep(time.monotonic() - begun)
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        with suppress(StoreError):  # what went wrong first is told
+            self.close()
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------------------------
+
+_Row = tuple[bytes, "bytes | None", bytes, str]  # key, record, value, told
+_Numbered = tuple[int, bytes, "bytes | None", bytes, str]
+_Placed = tuple[int, int, bytes, "bytes | None", bytes, str]
+_Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+
+
+class _Told(NamedTuple):
+    """An error, to be raised once per caller."""
+
+    what: str
+    fix: str | None
+
+    def again(self) -> StoreError:
+        return StoreError(self.what, fix=self.fix)
+
+
+class _Batch:
+    """What is committed together, and who waits for it."""
+
+    __slots__ = ("error", "rows", "settled", "waiters")
+
+    def __init__(self) -> None:
+        self.rows: list[_Numbered] = []
+        self.waiters: list[_Waiter] = []
+        self.settled = False
+        self.error: _Told | None = None
+
+    def settle(self) -> None:
+        self.settled = True
+        loops = {loop for loop, _ in self.waiters}
+        for loop in loops:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_resolve, [future for its, future in self.waiters if its is loop], self.error)
+
+
+def _resolve(futures: list[asyncio.Future[None]], error: _Told | None) -> None:
+    for future in futures:
+        if future.done():  # its task was cancelled; the answer is kept all the same
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error.again())
+
+
+def _row(key: str, record: str | None, value: bytes, told: CallRecord) -> _Row:
+    return bytes.fromhex(key), None if record is None else record.encode("utf-8", "surrogatepass"), value, json.dumps(told)
+
+
+def _record(told: str) -> CallRecord:
+    return CallRecord(*json.loads(told)[: len(CallRecord._fields)])
+
+
+def _family(workflow_id: str, agent: str, fingerprint: str) -> int:
+    digest = hashlib.sha256(json.dumps([workflow_id, agent, fingerprint]).encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+# -- the connection ------------------------------------------------------------------------------------------------------------------
+
+
+class _BrokenLineError(Exception):
+    """The driver failed; its text may hold values."""
+
+
+_BROKEN = (_BrokenLineError, StoreError)
+
+
+class _Line:
+    """A connection of the driver's own, outside of SQLAlchemy's pool, that commits without an fsync."""
+
+    def __init__(self, shared: SharedStore) -> None:
+        engine = shared._ready()
+        self._errors: Any = engine.dialect.loaded_dbapi.Error
+        self._integrity: Any = engine.dialect.loaded_dbapi.IntegrityError
+        with shared._driver_errors_told():
+            pooled = engine.raw_connection()
+            raw: Any = pooled.driver_connection
+            pooled.detach()
+        self._raw, self._is_sqlite = raw, engine.dialect.name == "sqlite"
+        if self._is_sqlite:
+            raw.execute("PRAGMA synchronous=NORMAL")
+        else:
+            raw.autocommit = True
+            raw.execute("SET synchronous_commit = off")
+
+    def insert(self, rows: list[_Placed]) -> None:
+        """Commits the rows. Raises `_BrokenLineError`."""
+        try:
+            (self._sqlite if self._is_sqlite else self._postgres)(rows)
+        except self._integrity as error:
+            raise RuntimeError(f"two steps share an identity: {type(error).__name__}") from None
+        except self._errors:
+            raise _BrokenLineError from None
+
+    def _sqlite(self, rows: list[_Placed]) -> None:
+        if len(rows) == 1:
+            self._raw.execute(_SQLITE_INSERT, rows[0])
+            return
+        self._raw.execute("BEGIN IMMEDIATE")
+        self._raw.executemany(_SQLITE_INSERT, rows)
+        self._raw.execute("COMMIT")
+
+    def _postgres(self, rows: list[_Placed]) -> None:
+        self._raw.execute(_POSTGRES_INSERT, [list(column) for column in zip(*rows, strict=True)], prepare=True)
+
+    def close(self) -> None:
+        with suppress(self._errors):
+            self._raw.close()
+
+
+_SQLITE_INSERT = f"INSERT INTO mao_answers ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"  # noqa: S608
+_POSTGRES_INSERT = (
+    f"INSERT INTO mao_answers ({_COLUMNS}) "  # noqa: S608
+    "SELECT * FROM unnest(%b::bigint[], %b::bigint[], %b::bytea[], %b::bytea[], %b::bytea[], %b::text[])"
+)
+
+
+@contextmanager
+def _turn(shared: SharedStore) -> Iterator[None]:
+    """SQLite has one writer: threads of a process take turns sooner than by its busy timeout."""
+    if shared.file is None:
+        yield
+        return
+    with shared._lock:
+        yield
+
+
+# -- forks ---------------------------------------------------------------------------------------------------------------------------
+
+# As in the shared store, whose hooks run inside of these: a fork waits for the commits of other threads, and no connection crosses it.
+_ALL: weakref.WeakSet[Answers] = weakref.WeakSet()
+_forking: list[Answers] = []
+
+
+def _before_fork() -> None:
+    _forking.extend(_ALL)
+    for answers in _forking:
+        answers._commits.acquire()
+        answers._state.acquire()
+        answers._drop_line()
+
+
+def _after_fork_in_parent() -> None:
+    while _forking:
+        answers = _forking.pop()
+        answers._state.release()
+        answers._commits.release()
+
+
+def _after_fork_in_child() -> None:
+    while _forking:
+        _forking.pop()._begin()  # with a step of its own
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
