@@ -13,6 +13,7 @@ import polars as pl
 from pydantic import BaseModel
 
 from dagster_mao.boundary import Check, run_agent
+from dagster_mao.configuration import config_digest
 from dagster_mao.errors import UnknownVersionError
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import Seal, StateStore
@@ -65,6 +66,8 @@ def run(
             pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=pipeline.order, entry=pipeline.entry_name, workflow_key=workflow
         )
         given = records if name == pipeline.entry_name else None
-        outcome = run_agent(store, agent, attempt, resources=resources, partition_key=workflow, records=given, log=log)
+        own = {taken: resources[taken] for taken in agent.resources if resources and taken in resources}
+        digest = config_digest(own)
+        outcome = run_agent(store, agent, attempt, resources=resources, config_digest=digest, partition_key=workflow, records=given, log=log)
         seals[name], checks[name] = outcome.seal, outcome.checks
     return Result(pipeline, store, attempt.workflow_id, seals, checks)

@@ -1,16 +1,15 @@
 """An agent as a Dagster asset: one asset per agent, its boundary as blocking checks in the same op, its seal as the materialisation."""
 
-import hashlib
-import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dagster_mao.agent import Agent
 from dagster_mao.boundary import BREAKER, OUTPUT, PINNED_BASE, Check, Outcome, check_names, run_agent
+from dagster_mao.configuration import config_digest
 from dagster_mao.dagster.metadata import of_check, of_seal
 from dagster_mao.dagster.quarantine import data_version, of_quarantine, quarantine_key
 from dagster_mao.dagster.resources import STATE_STORE
@@ -183,21 +182,6 @@ def _run(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: Agent, re
 def _store(context: dg.AssetExecutionContext) -> StateStore:
     store: StateStore = getattr(context.resources, STATE_STORE).store()
     return store
-
-
-def config_digest(resources: Mapping[str, Any]) -> str:
-    """sha256 over the configuration of the resources that an agent is handed; empty for an agent that takes none.
-
-    Only Dagster's configurable resources have a configuration; of any other object the class is all that is recorded.
-    """
-    if not resources:
-        return ""
-    told = {name: [type(value).__qualname__, _config(value)] for name, value in resources.items()}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _config(resource: Any) -> Any:
-    return resource.model_dump(mode="json", fallback=lambda value: type(value).__qualname__) if isinstance(resource, BaseModel) else None
 
 
 def without_values(error: MaoError) -> MaoError:
