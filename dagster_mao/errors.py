@@ -14,10 +14,14 @@ class MaoError(Exception):
     """Base of all errors of this library.
 
     Attributes: `what` happened, the `agent`, `workflow` and `field` it concerns (None where it concerns none), the `fix`, and, when raised
-    from a boundary, the `checks` evaluated until then.
+    from a boundary, the `checks` evaluated until then, and what the `calls` came to (a `CallSummary`; None where none was made).
+
+    `of_one_call`: raised in a call, it is about that call only, as what `execute` raises is, and other records may go on.
     """
 
     checks: tuple[Any, ...] = ()
+    calls: Any = None
+    of_one_call = False
 
     def __init__(
         self,
@@ -122,6 +126,8 @@ class UnknownBreakerError(MaoError):
 class CallTimeoutError(MaoError, TimeoutError):
     """A call did not answer within its `seconds`. It was ended where that can be done, and may still have taken effect."""
 
+    of_one_call = True
+
     def __init__(self, what: str, *, seconds: float, **where: Any) -> None:
         super().__init__(what, **where)
         self.seconds = seconds
@@ -129,6 +135,8 @@ class CallTimeoutError(MaoError, TimeoutError):
 
 class CallProcessError(MaoError):
     """A call cannot be made in a child process, its answer cannot come back from there, or the process died of it."""
+
+    of_one_call = True
 
 
 class RateLimitError(MaoError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from dagster_mao.agent import NAME, Agent, Input, Quarantine, Shape
 from dagster_mao.contract import Contract, compare, unmarked_personal
 from dagster_mao.errors import MaoError, WiringError
-from dagster_mao.gateway import parse_rate
-from dagster_mao.state import QUARANTINE_SUFFIX
+from dagster_mao.gateway import Policy, parse_rate
+from dagster_mao.state import CALLS_SUFFIX, DEFERRED_SUFFIX, QUARANTINE_SUFFIX
 
 
 class ExternalEntry(Agent):
@@ -93,7 +93,7 @@ class Pipeline:
         self.entry: Agent = entry if isinstance(entry, Agent) else self._external(entry, given)
         self.entry_name = self.entry.name
         self._declared = self._by_name([self.entry, *(a for a in given if a is not self.entry)])
-        self._check_quarantines()
+        self._check_names()
         self._check_sources()
         self.agents: dict[str, Agent] = {a: self._declared[a] for a in self._sorted()}
         for reader in self.agents.values():
@@ -173,10 +173,13 @@ class Pipeline:
                 )
         return first.contract
 
-    def _check_quarantines(self) -> None:
+    def _check_names(self) -> None:
         for one in self._declared.values():
             if one.quarantine is not None and (name := f"{one.name}{QUARANTINE_SUFFIX}") in self._declared:
                 self._wrong(f"its agent {name!r} has the name of the quarantine of {one.name!r}", name, "name", "give it another name=")
+            for suffix, what in ((CALLS_SUFFIX, "table of calls"), (DEFERRED_SUFFIX, "deferred records")):
+                if (name := f"{one.name}{suffix}") in self._declared:
+                    self._wrong(f"its agent {name!r} has the name of the {what} of {one.name!r}", name, "name", "give it another name=")
 
     def _check_sources(self) -> None:
         names = set(self._declared)
@@ -266,14 +269,12 @@ class Pipeline:
         """What agents share by name they must declare alike: a breaker that trips at two and at five failures is none."""
         shared: dict[tuple[str, str], tuple[Agent, Any]] = {}
         for one in self.agents.values():
-            breaker, rate = (one.policy.breaker, one.policy.rate_limit) if one.policy else (None, None)
-            named = {("breaker", breaker.name): breaker} if breaker and breaker.name else {}
-            limited = {("rate_key", one.policy.rate_key): parse_rate(rate)} if one.policy and one.policy.rate_key and rate else {}
-            for name, declared in {**named, **limited}.items():
-                other, before = shared.setdefault(name, (one, declared))
-                if before != declared:
-                    what = f"agents {other.name!r} and {one.name!r} share the {name[0]} {name[1]!r} and declare it differently"
-                    self._wrong(what, one.name, name[0], "declare it alike, or give it two names")
+            for who in (one, *([one.fallback.agent] if one.fallback else [])):
+                for name, declared in _shared(who.policy):
+                    other, before = shared.setdefault(name, (who, declared))
+                    if before != declared:
+                        what = f"agents {other.name!r} and {who.name!r} share the {name[0]} {name[1]!r} and declare it differently"
+                        self._wrong(what, who.name, name[0], "declare it alike, or give it two names")
 
     def _wrong(self, what: str, agent: str | None, field: str | None, fix: str) -> NoReturn:
         raise WiringError(f"Pipeline {self.name!r}: {what}", agent=agent, field=field, fix=fix)
@@ -293,6 +294,15 @@ def _instance(declared: Any) -> Agent:
         raise WiringError(
             f"The class {shown!r} cannot be made an agent ({error})", agent=shown, field="agents", fix=f"list an instance: {shown}(...)"
         ) from error
+
+
+def _shared(policy: Policy | None) -> Iterator[tuple[tuple[str, str], Any]]:
+    """What a policy shares with others by a name, and how it declares it."""
+    if policy is not None and policy.breaker and policy.breaker.name:
+        yield ("breaker", policy.breaker.name), policy.breaker
+    for field in ("rate_limit", "token_limit"):
+        if policy is not None and policy.rate_key and (rate := getattr(policy, field)):
+            yield ("rate_key" if field == "rate_limit" else field, policy.rate_key), parse_rate(rate)
 
 
 def _path(key: Any) -> tuple[str, ...] | None:

@@ -6,5 +6,20 @@ context), their annotations are the contracts; keyword-only parameters are resou
 
 from dagster_mao.agent._agent import RESERVED_RESOURCES, Agent, FunctionAgent, agent
 from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, Shape
+from dagster_mao.agent._fallback import Fallback, check_degradation
+from dagster_mao.agent._guard import current
 
-__all__ = ["NAME", "RESERVED_RESOURCES", "Agent", "AgentContext", "FunctionAgent", "Input", "Quarantine", "Shape", "agent"]
+__all__ = [
+    "NAME",
+    "RESERVED_RESOURCES",
+    "Agent",
+    "AgentContext",
+    "Fallback",
+    "FunctionAgent",
+    "Input",
+    "Quarantine",
+    "Shape",
+    "agent",
+    "check_degradation",
+    "current",
+]

@@ -20,7 +20,8 @@ from pydantic import BaseModel
 
 from dagster_mao.agent._annotations import Annotation, closure, locals_named_by, shape_of
 from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, Shape
-from dagster_mao.agent._guard import awaiting, executing, refuse_nested, stepping
+from dagster_mao.agent._fallback import Fallback, check_degradation
+from dagster_mao.agent._guard import awaiting, calling, executing, refuse_nested, stepping
 from dagster_mao.agent._source import canonical, names_loaded, source_of
 from dagster_mao.contract import Contract
 from dagster_mao.errors import MaoError, WiringError
@@ -47,11 +48,11 @@ class Agent:
 
     Class attributes declare the rest: `name` (default: the class name in snake_case), `version` (default: a hash of the module's source
     and of `code_files`), `description` (default: the docstring), `owners`, `tags`, `kinds`, `pool`, `model` as on a Dagster asset, `ins`
-    (parameter -> upstream name, where they differ), `concurrency` (async record-wise calls in flight), `code_files` (files and
-    directories beside the module that the agent's behaviour depends on), `quarantine` (a `Quarantine`: bad records are set aside; without
-    one, one bad record fails the batch), `policy` (a `Policy`: how its calls are made) and `expectations` (about the batch as a whole: a
-    list of Great Expectations' expectations or dicts, an `ExpectationSuite`, the path of a suite file, which counts as a code file, or
-    `Expectations` of these).
+    (parameter -> upstream name, where they differ), `concurrency` (record-wise calls in flight: 16 of an async agent by default; a sync one
+    is called in place, with more than 1 in that many threads), `code_files` (files and directories beside the module that the agent's
+    behaviour depends on), `quarantine` (a `Quarantine`: bad records are set aside; without one, one bad record fails the batch), `policy`
+    (a `Policy`: how its calls are made) and `expectations` (about the batch as a whole: a list of Great Expectations' expectations or
+    dicts, an `ExpectationSuite`, the path of a suite file, which counts as a code file, or `Expectations` of these).
 
     `inputs`, `output` and the like are read from the signature when first asked for and raise WiringError naming agent, field and fix.
     """
@@ -65,7 +66,7 @@ class Agent:
     pool: str | None = None
     model: str | None = None
     ins: Mapping[str, str] = {}
-    concurrency: int = 16
+    concurrency: int | None = None
     code_files: Sequence[str | Path] = ()
     quarantine: Quarantine | None = None
     policy: Policy | None = None
@@ -107,8 +108,10 @@ class Agent:
     def resolve(self) -> None:
         """Read the whole declaration now, as a pipeline does when it is built, so that whatever is wrong is said at load."""
         self._check_attributes()
-        _ = self.inputs, self.output, self.resources, self.suite, self.agent_version
+        _ = self.inputs, self.output, self.fallback, self.resources, self.suite, self.agent_version
         self._check_quarantine()
+        if self.policy is not None:
+            check_degradation(self, self.policy)
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
@@ -137,14 +140,29 @@ class Agent:
         return Suite.of(self.expectations, self.output, agent=self.name, home=self._home) if self.expectations else Suite.empty(self.name)
 
     @property
+    def returns_many(self) -> bool:
+        """Whether it returns a collection of records, as only an entry may."""
+        return self._returned.many
+
+    @cached_property
+    def fallback(self) -> Fallback | None:
+        """Who answers where its calls finally failed, read from its policy; None where nobody does."""
+
+        def read(function: types.FunctionType, ins: Mapping[str, str]) -> Agent:
+            name = _snake_case(function.__name__) or "fallback"
+            return FunctionAgent(function, self._namespace, name=name, ins=ins)
+
+        return Fallback.of(self, read, Agent)
+
+    @property
     def is_entry(self) -> bool:
         """Whether it reads no upstream: it brings the batch in."""
         return not self.inputs
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """Names of the keyword-only parameters without a default. One with a default is a constant of the function, never a resource."""
-        return self._parameters.resources
+        """Names of the keyword-only parameters without a default, its fallback's too. One with a default is a constant of the function."""
+        return tuple(dict.fromkeys((*self._parameters.resources, *(self.fallback.agent.resources if self.fallback else ()))))
 
     @property
     def takes_context(self) -> bool:
@@ -161,19 +179,21 @@ class Agent:
         """The declared `version`, else "sha256:" and 12 hex digits over the source of its modules, its `code_files` and its own settings.
 
         Of the class form every base class counts, and what its constructor set, so that `Approval(limit=2)` is not
-        `Approval(limit=1)`.
+        `Approval(limit=1)`. The version of its fallback counts too.
         """
         if self.version is not None:
             return str(self.version)
         digest = hashlib.sha256()
-        for part in (*self._sources(), *self._files(), canonical(self._settings())):
+        instead = [self.fallback.agent.agent_version.encode()] if self.fallback else []
+        for part in (*self._sources(), *self._files(), canonical(self._settings()), *instead):
             digest.update(len(part).to_bytes(8, "big") + part)
         return f"sha256:{digest.hexdigest()[:12]}"
 
     @cached_property
     def named_agents(self) -> frozenset[str]:
         """Names of other agents that its own code names as globals or closure variables: reads that no parameter declares."""
-        found = (value for function in self._functions() for value in names_loaded(function))
+        functions = [*self._functions(), *(self.fallback.agent._functions() if self.fallback else ())]
+        found = (value for function in functions for value in names_loaded(function))
         others = (value for value in found if _is_agent(value) and value is not self and value is not type(self))
         return frozenset(value.name for value in others if not (isinstance(value, type) and isinstance(self, value)))
 
@@ -192,7 +212,11 @@ class Agent:
             name = missing.args[0]
             self._wrong(f"it needs the resource {name!r}, which nobody provides", name, f"pass {name!r} among the resources")
         args = [values[name] for name in parameters]
-        result = self.execute(ctx, *args, **kwargs) if takes_context else self.execute(*args, **kwargs)
+        told = calling.set(ctx)
+        try:
+            result = self.execute(ctx, *args, **kwargs) if takes_context else self.execute(*args, **kwargs)
+        finally:
+            calling.reset(told)
         if alone:
             return _awaited_alone(result) if self.is_async else [result]
         return result
@@ -201,19 +225,19 @@ class Agent:
     def _binding(self) -> tuple[bool, tuple[str, ...], tuple[str, ...], bool]:
         # Read once: `call` is made for every record.
         alone = self.is_entry and self.output_shape is Shape.RECORD and not self._returned.many
-        return self.takes_context, tuple(i.parameter for i in self.inputs), self.resources, alone
+        return self.takes_context, tuple(i.parameter for i in self.inputs), self._parameters.resources, alone
 
     def _invoke(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, is_async: bool) -> Any:
         refuse_nested(self)
         if is_async:
-            return awaiting(self, function, args, kwargs)
+            return awaiting(self, calling.get(), function, args, kwargs)
         token = executing.set(self)
         try:
             result = function(*args, **kwargs)
         finally:
             executing.reset(token)
         # A generator's body runs while it is read, which is after this returns.
-        return stepping(self, result) if isinstance(result, Iterator) else result
+        return stepping(self, calling.get(), result) if isinstance(result, Iterator) else result
 
     # -- reading the signature -------------------------------------------------------------------------------------------------------
 
@@ -364,7 +388,7 @@ class Agent:
             self._wrong(f"`quarantine` is {self.quarantine!r}", "quarantine", "quarantine=mao.Quarantine(max_share=0.1)")
         if self.policy is not None and not isinstance(self.policy, Policy):
             self._wrong(f"`policy` is {self.policy!r}", "policy", "policy=mao.Policy(timeout=30, retries=3)")
-        if not isinstance(self.concurrency, int) or self.concurrency < 1:
+        if self.concurrency is not None and (not isinstance(self.concurrency, int) or self.concurrency < 1):
             self._wrong(f"`concurrency` is {self.concurrency!r}", "concurrency", "a whole number from 1 on")
 
     def _check_quarantine(self) -> None:
@@ -486,7 +510,7 @@ def agent(
     model: str | None = ...,
     description: str | None = ...,
     code_files: Sequence[str | Path] = ...,
-    concurrency: int = ...,
+    concurrency: int | None = ...,
     quarantine: Quarantine | None = ...,
     policy: Policy | None = ...,
     expectations: Any = ...,
@@ -507,7 +531,7 @@ def agent(
     model: str | None = None,
     description: str | None = None,
     code_files: Sequence[str | Path] = (),
-    concurrency: int = 16,
+    concurrency: int | None = None,
     quarantine: Quarantine | None = None,
     policy: Policy | None = None,
     expectations: Any = (),

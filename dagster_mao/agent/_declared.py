@@ -58,6 +58,10 @@ class AgentContext:
     """What an agent may know about where it runs. Time and randomness come from here and are recorded in the seal.
 
     `now` (aware, UTC) is the same for all agents of an attempt; `seed` is that of the attempt.
+
+    Of the call at hand: `record` is the key of its record, as text (None where it is about a whole batch, or a record without a key);
+    `idempotency_key` (sha256, hex) is the same whenever this agent is called with these inputs, in whatever attempt, until the workflow is
+    fenced. Hand it to whoever must not do the same thing twice.
     """
 
     workflow_id: str
@@ -68,6 +72,14 @@ class AgentContext:
     seed: int
     partition_key: str | None = None
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("dagster_mao"), compare=False)
+    record: str | None = None
+    idempotency_key: str = ""
+
+    def of_call(self, record: str | None, idempotency_key: str) -> AgentContext:
+        """The same for one call."""
+        told = object.__new__(AgentContext)  # dataclasses.replace takes twenty times as long, and this is done for every record
+        told.__dict__.update(self.__dict__, record=record, idempotency_key=idempotency_key)
+        return told
 
     def random(self, *salt: object) -> random.Random:
         """A generator seeded by `seed`, and by `salt` when given: record-wise agents pass the record's key, else all records draw alike."""
@@ -75,8 +87,8 @@ class AgentContext:
 
     def __reduce__(self) -> Any:
         # Another process logs for itself: Dagster's logger belongs to its step.
-        told = (self.workflow_id, self.agent, self.attempt, self.run_id, self.now, self.seed, self.partition_key)
-        return (AgentContext, told)
+        told = {name: value for name, value in vars(self).items() if name != "log"}
+        return (_context, (told,))
 
     @classmethod
     def for_tests(cls, agent: str = "agent", **changes: Any) -> AgentContext:
@@ -88,5 +100,10 @@ class AgentContext:
             "run_id": "test",
             "now": dt.datetime(2000, 1, 1, tzinfo=dt.timezone.utc),
             "seed": 0,
+            "idempotency_key": "0" * 64,
         }
         return cls(**{**values, **changes})
+
+
+def _context(told: dict[str, Any]) -> AgentContext:
+    return AgentContext(**told)

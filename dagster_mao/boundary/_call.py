@@ -111,7 +111,7 @@ class Call:
                     yield self._expect(output, self._agent.output.model)
 
     async def _concurrently(self, chunk: Sequence[Mapping[str, Any]]) -> list[Any]:
-        room = asyncio.Semaphore(self._agent.concurrency)
+        room = asyncio.Semaphore(self._agent.concurrency or 16)
 
         async def one(values: Mapping[str, Any]) -> Any:
             async with room:

@@ -3,7 +3,7 @@
 from dagster_mao.state.attempt import Attempt, Provenance
 from dagster_mao.state.calls import CALLS_SCHEMA, CALLS_SUFFIX, CallSummary
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
-from dagster_mao.state.seal import QUARANTINE_SUFFIX, Parent, Seal
+from dagster_mao.state.seal import DEFERRED_SUFFIX, QUARANTINE_SUFFIX, Parent, Seal
 from dagster_mao.state.snapshots import Staged, staged
 from dagster_mao.state.store import StateStore
 
@@ -11,6 +11,7 @@ __all__ = [
     "CALLS_SCHEMA",
     "CALLS_SUFFIX",
     "DEFERRED_SCHEMA",
+    "DEFERRED_SUFFIX",
     "DISPOSITION_SCHEMA",
     "QUARANTINE_SCHEMA",
     "QUARANTINE_SUFFIX",

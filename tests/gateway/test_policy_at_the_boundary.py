@@ -270,6 +270,7 @@ def test_a_breaker_that_cannot_be_is_refused() -> None:
     [
         (mao.Policy(breaker=mao.Breaker(name="bureau")), mao.Policy(breaker=mao.Breaker(fail_max=2, name="bureau"))),
         (mao.Policy(rate_limit="60/minute", rate_key="bureau"), mao.Policy(rate_limit="1/second", rate_key="bureau")),
+        (mao.Policy(token_limit="60/minute", rate_key="bureau"), mao.Policy(token_limit="1/second", rate_key="bureau")),
     ],
 )
 def test_agents_that_share_must_declare_alike(one: mao.Policy, other: mao.Policy) -> None:
