@@ -68,6 +68,8 @@ def run(
         given = records if name == pipeline.entry_name else None
         own = {taken: resources[taken] for taken in agent.resources if resources and taken in resources}
         digest = config_digest(own)
-        outcome = run_agent(store, agent, attempt, resources=resources, config_digest=digest, partition_key=workflow, records=given, log=log)
+        outcome = run_agent(
+            store, agent, attempt, resources=resources, config_digest=digest, partition_key=workflow, records=given, log=log
+        )
         seals[name], checks[name] = outcome.seal, outcome.checks
     return Result(pipeline, store, attempt.workflow_id, seals, checks)

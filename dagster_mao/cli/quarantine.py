@@ -347,12 +347,13 @@ def _print_refusal(console: Console, refusal: Refusal) -> None:
 
 
 def _sums(account: Account) -> dict[str, Any]:
-    numbers = {name: getattr(account, name) for name in ("came_in", "sealed", "quarantined", "discarded")}
+    numbers = {name: getattr(account, name) for name in ("came_in", "sealed", "quarantined", "discarded", "deferred")}
     return {**numbers, "balanced": account.balanced}
 
 
 def _told(account: Account) -> str:
     sums = f"{account.sealed:,} sealed + {account.quarantined:,} in quarantine + {account.discarded:,} discarded"
+    sums += f" + {account.deferred:,} deferred" if account.deferred else ""
     return f"{account.came_in:,} came in = {sums}" if account.balanced else f"{account.came_in:,} came in, but {sums}: see `accounted`"
 
 

@@ -22,7 +22,7 @@ CHAIN_INTEGRITY, CHAIN_INTEGRITY_ALL = "chain_integrity", "chain_integrity_all"
 ACCOUNTED, ACCOUNTED_ALL = "accounted", "accounted_all"
 _OF_ALL = {CHAIN_INTEGRITY_ALL, ACCOUNTED_ALL}
 _CHAIN = "Are the snapshots, the chain of seals and Dagster's event log still what they were when this agent's output was sealed?"
-_ACCOUNTS = "Is every record that came in sealed, in quarantine or discarded, and in one of these places only? Recounted from the store."
+_ACCOUNTS = "Is every record that came in sealed, in quarantine, discarded or deferred, and in one place only? Recounted from the store."
 
 
 def build_chain_checks(pipeline: Pipeline) -> list[dg.AssetChecksDefinition]:
@@ -115,9 +115,12 @@ def _accounted(store: StateStore, key: dg.AssetKey, workflows: Sequence[str]) ->
         return {"passed": True, "description": "Nothing was sealed yet."}
     wrong = [account for account in found if not account.balanced]
     where = found[0].seal.reference if len(found) == 1 else f"{len(found)} workflows"
-    sums = {name: sum(getattr(account, name) for account in found) for name in ("came_in", "sealed", "quarantined", "discarded")}
+    sums = {
+        name: sum(getattr(account, name) for account in found) for name in ("came_in", "sealed", "quarantined", "discarded", "deferred")
+    }
     counted = f"{sums['came_in']:,} came in = {sums['sealed']:,} sealed + {sums['quarantined']:,} quarantined"
-    told = f"{where}: {counted} + {sums['discarded']:,} discarded."
+    deferred = f" + {sums['deferred']:,} deferred" if sums["deferred"] else ""
+    told = f"{where}: {counted} + {sums['discarded']:,} discarded{deferred}."
     if wrong:
         told = f"{where}: the numbers do not add up. {_what_is_wrong(wrong[0])}"
     tables = {"wrong": _wrong_table(wrong)} if wrong else {}
@@ -132,8 +135,8 @@ def _counted(store: StateStore, workflow: str, agent: str) -> Seal | None:
 
 
 _SAID = {
-    "neither": "neither sealed nor in quarantine",
-    "both": "both sealed and in quarantine",
+    "neither": "neither sealed nor in quarantine nor deferred",
+    "both": "in two of these places: sealed, in quarantine, deferred",
     "doubled": "sealed more than once",
     "never_came_in": "not among those that came in",
 }
@@ -143,7 +146,8 @@ def _what_is_wrong(account: Account) -> str:
     if account.wrong_counts:
         return "; ".join(f"{count:,} record{'s' if count > 1 else ''} {_SAID[kind]}" for kind, count in account.wrong_counts.items()) + "."
     seal, held = account.seal, account.quarantined + account.discarded
-    return f"The seal says {seal.row_count:,} sealed and {seal.quarantined:,} set aside; there are {account.sealed:,} and {held:,}."
+    said = f"{seal.row_count:,} sealed, {seal.quarantined:,} set aside and {seal.deferred or 0:,} deferred"
+    return f"The seal says {said}; there are {account.sealed:,}, {held:,} and {account.deferred:,}."
 
 
 def _wrong_table(accounts: Sequence[Account]) -> dg.TableMetadataValue:

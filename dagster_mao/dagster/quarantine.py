@@ -54,7 +54,7 @@ def of_quarantining(pipeline: Pipeline, agent: Agent) -> dict[str, Any]:
 def of_quarantine(store: StateStore, seal: Seal, pipeline: Pipeline) -> dict[str, Any]:
     """What a state version keeps in quarantine, masked. It carries no seal digest: the agent's materialisation is the anchor."""
     found = refusals_of(store, seal)
-    came_in = seal.row_count + seal.quarantined
+    came_in = seal.row_count + seal.quarantined + (seal.deferred or 0)
     return {
         STATE_VERSION: dg.MetadataValue.text(seal.reference),
         "mao/quarantined": seal.quarantined,

@@ -54,10 +54,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Account:
-    """What became of the records that came to one boundary: in = sealed + quarantined + discarded.
+    """What became of the records that came to one boundary: in = sealed + quarantined + discarded + deferred.
 
-    `quarantined` are those that wait: for a decision or, resubmitted, for the agents. `wrong` names the first records of each kind that
-    does not fit (masked if the key is personal), `wrong_counts` counts them.
+    `quarantined` are those that wait: for a decision or, resubmitted, for the agents; `deferred` those that wait for the next run. `wrong`
+    names the first records of each kind that does not fit (masked if the key is personal), `wrong_counts` counts them.
     """
 
     seal: Seal
@@ -65,6 +65,7 @@ class Account:
     sealed: int
     quarantined: int
     discarded: int
+    deferred: int
     wrong: Mapping[Wrong, tuple[str | None, ...]]
     wrong_counts: Mapping[Wrong, int]
 
@@ -72,8 +73,8 @@ class Account:
     def balanced(self) -> bool:
         """Whether every record that came in is in one place, once, and the seal says so too."""
         held = self.quarantined + self.discarded
-        told = self.seal.row_count == self.sealed and self.seal.quarantined == held
-        return told and not self.wrong_counts and self.came_in == self.sealed + held
+        told = (self.seal.row_count, self.seal.quarantined, self.seal.deferred or 0) == (self.sealed, held, self.deferred)
+        return told and not self.wrong_counts and self.came_in == self.sealed + held + self.deferred
 
 
 def refusals(store: StateStore, workflow: str, *, agent: str | None = None, every: bool = False) -> list[Refusal]:
@@ -168,23 +169,26 @@ def _standing(seal: Seal, row: Mapping[str, Any], decisions: Sequence[Mapping[st
 
 
 def accounts(store: StateStore, seal: Seal) -> Account:
-    """Recounts one boundary from what is stored: the keys of the parents' snapshots, of its own, and of its quarantine.
+    """Recounts one boundary from what is stored: the keys of the parents' snapshots, its own, those set aside and deferred.
 
-    The counters that the boundary itself wrote are compared, not trusted. What came in to an entry is what it sealed and quarantined; there
-    it is about records that are in both, or twice. Raises `TamperedError` when a snapshot is not what was sealed, `UnknownVersionError` for
-    a version whose records have no key, or not the one of its parents: nothing tells there what became of which.
+    The counters that the boundary itself wrote are compared, not trusted. What a parent deferred came in too: it is carried on. What came
+    in to an entry is what it sealed and quarantined; there it is about records that are in both, or twice. Raises `TamperedError` when a
+    snapshot is not what was sealed, `UnknownVersionError` for a version whose records have no key, or not the one of its parents: nothing
+    tells there what became of which.
     """
     parents = [store.seal_at(parent.workflow_id, parent.version) for parent in seal.parents]
     if seal.key is None or (parents and seal.key not in [parent.key for parent in parents]):
         raise UnknownVersionError(f"{seal.reference} does not account for its parents' records one by one", workflow=seal.workflow_id)
     sealed, found = _keys(store, seal), refusals_of(store, seal)
     aside = pl.Series("record", [refusal.key for refusal in found], dtype=pl.String)
+    deferred = store.deferred(seal)["record"]
     discarded, waiting = _by_decision(found, single=not parents)
-    came_in = pl.concat([_keys(store, parent) for parent in parents if parent.key]).unique() if parents else pl.concat([sealed, aside])
-    placed = pl.concat([sealed, aside]).unique()
+    read = [keys for parent in parents if parent.key for keys in (_keys(store, parent), store.deferred(parent)["record"])]
+    came_in = pl.concat(read).unique() if parents else pl.concat([sealed, aside, deferred])
+    placed = pl.concat([keys.unique() for keys in (sealed, aside, deferred)])
     wrong: dict[Wrong, pl.Series] = {
         "neither": _without(came_in, placed),
-        "both": sealed.filter(sealed.is_in(aside.drop_nulls().implode())).unique(),
+        "both": placed.drop_nulls().filter(placed.drop_nulls().is_duplicated()).unique(),
         "doubled": sealed.filter(sealed.is_duplicated()).unique(),
         "never_came_in": _without(placed, came_in),
     }
@@ -194,6 +198,7 @@ def accounts(store: StateStore, seal: Seal) -> Account:
         sealed=sealed.len(),
         quarantined=waiting,
         discarded=discarded,
+        deferred=deferred.len(),
         wrong={kind: tuple(_named(seal, keys)) for kind, keys in wrong.items() if keys.len()},
         wrong_counts={kind: keys.len() for kind, keys in wrong.items() if keys.len()},
     )

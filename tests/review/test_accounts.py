@@ -15,8 +15,9 @@ from pydantic import BaseModel, Field
 import dagster_mao as mao
 from dagster_mao.boundary import run_agent
 from dagster_mao.errors import UnknownVersionError
+from dagster_mao.review.deferred import waiting
 from dagster_mao.review.quarantine import accounts, akin, discard, refusals, refusals_of
-from dagster_mao.state import QUARANTINE_SCHEMA, Provenance, Seal, StateStore, staged
+from dagster_mao.state import DEFERRED_SCHEMA, QUARANTINE_SCHEMA, Provenance, Seal, StateStore, staged
 
 KEYS = pl.Schema({"id": pl.String})
 PLAN = ("entry", "score")
@@ -31,16 +32,22 @@ def sealed(
     *,
     parents: Sequence[Seal] = (),
     personal: bool = False,
+    deferred: Sequence[str] = (),
     told: tuple[int, int] | None = None,
 ) -> Seal:
-    """One version with these records and this quarantine, whatever a boundary would say to it; `told` are the counters it writes."""
+    """One version with these records, set aside and deferred, whatever a boundary would say to it; `told` are the counters it writes."""
     opened = store.open_attempt(pipeline="loans", attempt=attempt, run_id=attempt, plan=PLAN, entry="entry", workflow_key="day")
     rows = [{"record": key, "side": "output", "rules": ["amount: gt 0"], "masked": json.dumps({"id": key})} for key in aside]
     frame = pl.DataFrame([{**row, "digest": key, "values": "{}"} for row, key in zip(rows, aside, strict=True)], schema=QUARANTINE_SCHEMA)
     described = json.dumps({"fields": [{"name": "id", "personal": personal}]})
     blank = dict.fromkeys(("contract_version", "contract_hash", "agent_version", "config", "library_version"), "1")
     provenance = Provenance(contract="Keys", contract_schema=described, key="id", model=None, seed=1, latency_seconds=0.0, **blank)
-    with staged(store.objects, pl.DataFrame({"id": records}, schema=KEYS)) as batch, staged(store.objects, frame) as held:
+    rest = pl.DataFrame([{"record": key, "agent": agent, "why": "bureau"} for key in deferred], schema=DEFERRED_SCHEMA)
+    with (
+        staged(store.objects, pl.DataFrame({"id": records}, schema=KEYS)) as batch,
+        staged(store.objects, frame) as held,
+        staged(store.objects, rest) as waiting,
+    ):
         counted = told or (len(records), len(aside))
         seal, _ = opened.seal(
             agent,
@@ -51,6 +58,8 @@ def sealed(
             provenance=provenance,
             quarantine=held if aside else None,
             quarantined=counted[1],
+            deferred=waiting if deferred else None,
+            deferred_count=len(deferred),
         )
     return seal
 
@@ -104,6 +113,33 @@ def test_counters_that_lie_although_no_record_is_lost(local_store: StateStore) -
     assert naive(local_store, score)
     account = accounts(local_store, score)
     assert (account.wrong, account.balanced) == ({}, False)
+
+
+def test_deferred_records_are_accounted_for_and_carried_on(local_store: StateStore) -> None:
+    entry = sealed(local_store, "a", "entry", ["1", "2", "3", "4"])
+    score = sealed(local_store, "a", "score", ["1"], ["2"], parents=[entry], deferred=["3", "4"])
+    account = accounts(local_store, score)
+    assert (account.came_in, account.sealed, account.quarantined, account.deferred, account.balanced) == (4, 1, 1, 2, True)
+    below = sealed(local_store, "a", "decision", ["1"], parents=[score], deferred=["3", "4"])
+    account = accounts(local_store, below)
+    assert (account.came_in, account.sealed, account.deferred, account.balanced) == (3, 1, 2, True)
+    forgotten = sealed(local_store, "a", "offer", ["1"], parents=[score], deferred=["3"])
+    assert accounts(local_store, forgotten).wrong == {"neither": ("4",)}
+
+
+def test_a_deferred_record_is_in_no_other_place(local_store: StateStore) -> None:
+    entry = sealed(local_store, "a", "entry", ["1", "2", "3"])
+    score = sealed(local_store, "a", "score", ["1"], ["2"], parents=[entry], deferred=["1", "2", "3"])
+    assert accounts(local_store, score).wrong == {"both": ("1", "2")}
+
+
+def test_what_waits_is_shown_without_personal_keys(local_store: StateStore) -> None:
+    entry = sealed(local_store, "a", "entry", ["1", "2", "3"])
+    score = sealed(local_store, "a", "score", ["1"], parents=[entry], deferred=["3", "2"])
+    assert waiting(local_store, score, limit=1) == [{"record": "2", "agent": "score", "why": "bureau"}]
+    hidden = sealed(local_store, "a", "offer", ["1"], parents=[entry], deferred=["3", "2"], personal=True)
+    assert [row["record"] for row in waiting(local_store, hidden)] == ["***", "***"]
+    assert waiting(local_store, entry) == []
 
 
 def test_an_entry_may_hold_no_record_in_both_places(local_store: StateStore) -> None:
