@@ -11,6 +11,7 @@ from dagster_mao.contract import DataFrame, FromFallback, Key, LazyFrame, Person
 from dagster_mao.errors import (
     AgentCallError,
     AgentFailedError,
+    AnswerNotFrozenError,
     BatchRefusedError,
     BreakerOpenError,
     CallProcessError,
@@ -19,6 +20,8 @@ from dagster_mao.errors import (
     FencedError,
     IncompatibleContractError,
     InvalidRecordsError,
+    LLMRequestError,
+    MalformedAnswerError,
     MaoError,
     PinError,
     RateLimitError,
@@ -38,13 +41,16 @@ from dagster_mao.state import Seal, StateStore
 
 if TYPE_CHECKING:
     from dagster_mao.dagster import AgentTranslator, StateIOManager, StateStoreResource, build_asset, build_definitions
+    from dagster_mao.integrations.llm import LLM
 
 __all__ = [
+    "LLM",
     "Agent",
     "AgentCallError",
     "AgentContext",
     "AgentFailedError",
     "AgentTranslator",
+    "AnswerNotFrozenError",
     "BatchRefusedError",
     "Breaker",
     "BreakerOpenError",
@@ -59,7 +65,9 @@ __all__ = [
     "IncompatibleContractError",
     "InvalidRecordsError",
     "Key",
+    "LLMRequestError",
     "LazyFrame",
+    "MalformedAnswerError",
     "MaoError",
     "Personal",
     "PinError",
@@ -92,6 +100,10 @@ _DAGSTER_SIDE = frozenset({"AgentTranslator", "StateIOManager", "StateStoreResou
 
 
 def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        from dagster_mao.integrations import llm
+
+        return llm.LLM
     if name not in _DAGSTER_SIDE:
         raise AttributeError(f"module 'dagster_mao' has no attribute {name!r}")
     # Importing Dagster takes seconds, which a notebook or a test of agents need not pay.

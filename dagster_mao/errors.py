@@ -141,3 +141,23 @@ class CallProcessError(MaoError):
 
 class RateLimitError(MaoError):
     """A call wants more permits at once than its rate limit ever grants."""
+
+
+class MalformedAnswerError(MaoError):
+    """A model did not answer with a record of the contract in all the turns it had. What it answered is not shown; what was wrong is."""
+
+    of_one_call = True
+
+
+class LLMRequestError(MaoError):
+    """An endpoint will not answer a request, however often it is made (a wrong key, too long an input …). `status` is that of HTTP."""
+
+    of_one_call = True
+
+    def __init__(self, what: str, *, status: int, **where: Any) -> None:
+        super().__init__(what, **where)
+        self.status = status
+
+
+class AnswerNotFrozenError(MaoError):
+    """Answers come from frozen ones only, and there is none for what is asked."""

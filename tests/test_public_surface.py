@@ -35,6 +35,7 @@ EAGER = {
 ERRORS = {
     "AgentCallError",
     "AgentFailedError",
+    "AnswerNotFrozenError",
     "BatchRefusedError",
     "BreakerOpenError",
     "CallProcessError",
@@ -43,6 +44,8 @@ ERRORS = {
     "FencedError",
     "IncompatibleContractError",
     "InvalidRecordsError",
+    "LLMRequestError",
+    "MalformedAnswerError",
     "MaoError",
     "PinError",
     "RateLimitError",
@@ -53,7 +56,7 @@ ERRORS = {
     "UnknownVersionError",
     "WiringError",
 }
-FROM_DAGSTER_SIDE = {"AgentTranslator", "StateIOManager", "StateStoreResource", "build_asset", "build_definitions"}
+FROM_DAGSTER_SIDE = {"LLM", "AgentTranslator", "StateIOManager", "StateStoreResource", "build_asset", "build_definitions"}
 
 
 def test_the_public_surface():
@@ -92,6 +95,11 @@ def test_importing_the_package_does_not_import_dagster():
 def test_importing_the_package_imports_neither_sql_nor_breakers():
     """What makes no call, or needs nothing shared, does not pay for it."""
     code = "import sys, dagster_mao, dagster_mao.gateway; print([name for name in ('sqlalchemy', 'pybreaker') if name in sys.modules])"
+    assert _python(code) == "[]"
+
+
+def test_the_client_of_models_is_imported_by_steps_that_ask_one():
+    code = "import sys, dagster_mao as mao; mao.LLM(model='m'); print([name for name in ('openai', 'httpx2') if name in sys.modules])"
     assert _python(code) == "[]"
 
 

@@ -6,6 +6,7 @@ from dagster_mao.gateway._gateway import Gateway, shared_store
 from dagster_mao.gateway._key import idempotency_key
 from dagster_mao.gateway._policy import Breaker, Policy, TransientError, parse_rate
 from dagster_mao.gateway._record import CallOutcome, CallRecord, usage
+from dagster_mao.gateway._retry import retry_after
 
 if TYPE_CHECKING:
     from dagster_mao.gateway._answers import Answer, Answers, Unlogged
@@ -22,6 +23,7 @@ __all__ = [
     "Unlogged",
     "idempotency_key",
     "parse_rate",
+    "retry_after",
     "shared_store",
     "usage",
 ]
