@@ -43,21 +43,25 @@ def _root(root: str | None) -> tuple[str, str]:
     return next(((place, by) for place, by in said if place), ("", ""))
 
 
-def open_shared(database: str | None, root: str | None) -> SharedStore:
+def open_shared(database: str | None, root: str | None, *, unused: bool = False) -> SharedStore:
     """The shared database that options, environment and project say, by default the one in a local root. Raises `StoreError` when there
     is none; creates nothing.
+
+    With `unused`, a store that has state need not have made its database yet.
     """
     from dagster_mao.gateway._shared import SharedStore  # imports SQLAlchemy, which few commands need
 
     configured, where = project()
     url = database or os.environ.get(DATABASE) or placed(_relative(configured.get("database")), where)
+    store = None
     if not url and (place := _root(root)[0]):
-        url = StateStore(place).database
+        store = StateStore(place)
+        url = store.database
     if not url:
         fix = f"give --database, set {DATABASE}, or put database under [tool.dagster-mao] in pyproject.toml"
         raise StoreError("No shared database is named", fix=fix)
     shared = SharedStore(url)
-    if shared.file is not None and not shared.file.exists():
+    if shared.file is not None and not shared.file.exists() and not (unused and store and _holds(store, "state_log")):
         fix = "it is made by the first call of an agent with a breaker or a rate limit; or name another by --database"
         raise StoreError(f"There is no shared database at {shared.file}", fix=fix)
     return shared

@@ -38,7 +38,7 @@ def list_command(
     """List the breakers that have been used: how each stands, since when, why, and when a call may be tried again."""
     from dagster_mao.gateway._breaker import breakers, events
 
-    shared = open_shared(database, root)
+    shared = open_shared(database, root, unused=True)
     found = breakers(shared)
     shown = [state for state in found if name in (None, state.name) and (not open_ or state.state != "closed")]
     told = events(shared, name) if name is not None else []

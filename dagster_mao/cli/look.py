@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,10 +17,15 @@ from dagster_mao.cli._print import cell, grid, misused, moment, plain, print_jso
 from dagster_mao.cli._where import open_store
 from dagster_mao.cli.contract import export, print_changes, show_changes, show_contracts
 from dagster_mao.errors import UnknownVersionError
+from dagster_mao.review.calls import told_of
+from dagster_mao.review.deferred import waiting
 from dagster_mao.review.diff import Difference, diff
 from dagster_mao.review.history import facts, history, known, parse_reference, records, resolve, with_record
+from dagster_mao.state.calls import CallSummary
 from dagster_mao.state.seal import Seal
 from dagster_mao.state.store import StateStore
+
+_DEFERRED_SHOWN = 10
 
 
 @app.command("history", epilog="Example: dagster-mao history credit/2026-01-01")
@@ -43,6 +49,9 @@ def history_command(
         console.print(_versions_table(chain))
     if any(seal.quarantined for seal in shown):
         console.print(Text("held: records in quarantine; dagster-mao quarantine list shows them.", style="dim"))
+    if any(seal.deferred for seal in shown):
+        told = "waits: records deferred because a breaker was open; the next run asks for them, dagster-mao show names them."
+        console.print(Text(told, style="dim"), soft_wrap=True)
     if len(shown) < len(seals):
         console.print(f"{len(seals) - len(shown)} older versions are not shown; --limit 0 shows all.")
     if not seals:
@@ -82,11 +91,11 @@ def show_command(
     if contract:
         _show_contract(store, workflow, seals, earlier, whole=whole, as_json=json_, as_odcs=odcs)
     elif record is not None:
-        _show_records(workflow, with_record(store, seals, record), whole=whole, as_json=json_)
+        _show_records(store, workflow, with_record(store, seals, record), whole=whole, as_json=json_)
     elif whole:
         _show_effective(store, workflow, seals, as_json=json_)
     else:
-        _show_records(workflow, [(seals[0], records(store, seals[0], limit=rows))], whole=False, as_json=json_)
+        _show_records(store, workflow, [(seals[0], records(store, seals[0], limit=rows))], whole=False, as_json=json_)
 
 
 @app.command("diff", epilog="Example: dagster-mao diff credit/2026-01-01@5 credit/2026-01-02@5")
@@ -181,15 +190,16 @@ def _difference_as_json(found: Difference) -> dict[str, Any]:
 
 
 def _versions_table(seals: Sequence[Seal]) -> Table:
-    quarantined = any(seal.quarantined for seal in seals)
-    headings = ["n", "agent", "from", "rows", *(["held"] if quarantined else []), "attempt", "digest", "sealed (UTC)"]
-    table = grid(*headings, numbers=("n", "rows", "held"))
-    for seal in seals:
+    # Columns that most workflows never need: they are there when they say something.
+    extra = {"held": [seal.quarantined for seal in seals], "waits": [seal.deferred or 0 for seal in seals]}
+    extra = {name: counts for name, counts in extra.items() if any(counts)}
+    table = grid("n", "agent", "from", "rows", *extra, "attempt", "digest", "sealed (UTC)", numbers=("n", "rows", *extra))
+    for place, seal in enumerate(seals):
         made_from = ", ".join(str(parent.version) for parent in seal.parents) or seal.kind
         told = [seal.version, seal.agent or f"({seal.kind})", made_from, f"{seal.row_count:,}"]
-        told += [f"{seal.quarantined:,}"] if quarantined else []
+        told += [f"{counts[place]:,}" for counts in extra.values()]
         # 80 columns hold a column more, or the seconds.
-        table.add_row(*map(cell, [*told, seal.attempt[:8], seal.digest[:8] or None, moment(seal)[: -3 if quarantined else None]]))
+        table.add_row(*map(cell, [*told, seal.attempt[:8], seal.digest[:8] or None, moment(seal)[: -3 if extra else None]]))
     return table
 
 
@@ -214,9 +224,14 @@ def _show_effective(store: StateStore, workflow: str, state: Sequence[Seal], *, 
         console.print(f"No attempt has completed. Versions 0 to {head.version} are of unfinished or fenced ones; see dagster-mao history.")
 
 
-def _show_records(workflow: str, found: Sequence[tuple[Seal, list[dict[str, Any]]]], *, whole: bool, as_json: bool) -> None:
+def _show_records(
+    store: StateStore, workflow: str, found: Sequence[tuple[Seal, list[dict[str, Any]]]], *, whole: bool, as_json: bool
+) -> None:
     if as_json:
-        told = [{**facts(seal), "contract_schema": _described(seal), "records": rows} for seal, rows in found]
+        told = [
+            {**facts(seal), "contract_schema": _described(seal), "records": rows, "deferred_records": waiting(store, seal)}
+            for seal, rows in found
+        ]
         print_json({"workflow_id": workflow, "versions": told} if whole else told[0])
         return
     console = terminal()
@@ -227,6 +242,18 @@ def _show_records(workflow: str, found: Sequence[tuple[Seal, list[dict[str, Any]
         print_rows(console, rows)
         if len(rows) < seal.row_count and not whole:
             console.print(Text(f"{len(rows):,} of {seal.row_count:,} records; --rows and --record show others.", style="dim"))
+        if not whole:
+            _print_deferred(console, store, seal)
+
+
+def _print_deferred(console: Console, store: StateStore, seal: Seal) -> None:
+    rows = waiting(store, seal, limit=_DEFERRED_SHOWN)
+    if not rows:
+        return
+    console.print(Text("Waiting for the next run, because a breaker was open:", style="bold"))
+    print_rows(console, rows)
+    if len(rows) < (seal.deferred or 0):
+        console.print(Text(f"{len(rows):,} of {seal.deferred:,} deferred records; --json has all.", style="dim"))
 
 
 def _described(seal: Seal) -> Any:
@@ -242,7 +269,9 @@ def _facts_table(seal: Seal) -> Table:
     told = {
         "kind": f"{seal.kind}, attempt {seal.attempt}, epoch {seal.epoch}",
         "made from": parents,
-        "records": f"{seal.row_count:,}" + (f", and {seal.quarantined:,} in quarantine" if seal.quarantined else ""),
+        "records": _counted(seal),
+        "calls": told_of(CallSummary.model_validate_json(seal.usage)) if seal.usage else None,
+        "policy": f"overridden: {seal.policy}" if seal.policy else None,
         "contract": f"{seal.contract} v{seal.contract_version} ({seal.contract_hash[:12]})" if seal.contract else "",
         "agent version": seal.agent_version,
         "configuration": seal.config,
@@ -259,6 +288,13 @@ def _facts_table(seal: Seal) -> Table:
             table.add_row(Text(name, style="dim"), cell(line))
             name = ""  # noqa: PLW2901  the name stands before the first line only
     return table
+
+
+def _counted(seal: Seal) -> str:
+    told = f"{seal.row_count:,}"
+    told += f", {seal.fallbacks:,} of them by the fallback" if seal.fallbacks else ""
+    told += f", and {seal.quarantined:,} in quarantine" if seal.quarantined else ""
+    return told + (f", and {seal.deferred:,} wait for the next run" if seal.deferred else "")
 
 
 def _print_difference(found: Difference) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -40,8 +41,9 @@ _REFERENCE = re.compile(r"(.*)@(\d*)", re.DOTALL)
 
 
 def facts(seal: Seal) -> dict[str, Any]:
-    """Everything a seal says except the description of its contract, JSON-able."""
+    """Everything a seal says except the description of its contract, JSON-able; of `usage` and `policy`, what their JSON says."""
     row = seal.model_dump(mode="json", exclude={"contract_schema"})
+    row |= {name: json.loads(told) for name in ("usage", "policy") if (told := row[name])}
     return {name: row.pop(name) for name in _FACTS} | row
 
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -129,6 +129,14 @@ class Objects:
         with reaching(self.root):
             for batch in obstore.list(self._store, prefix=prefix):
                 yield from (entry["path"] for entry in batch)
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """Names of the folders in a folder, sorted."""
+        if self.local is not None and not (self.local / prefix).exists():
+            return []
+        with reaching(self.root):
+            found = obstore.list_with_delimiter(self._store, prefix=f"{prefix}/")["common_prefixes"]
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
 
     @contextmanager
     def staging(self) -> Iterator[Path]:

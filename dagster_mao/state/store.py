@@ -15,7 +15,7 @@ from deltalake import DeltaTable
 from dagster_mao.errors import PinError, TamperedError, UnknownVersionError
 from dagster_mao.state import snapshots
 from dagster_mao.state.attempt import Attempt, Pins, effective, next_seal
-from dagster_mao.state.calls import CallsTable
+from dagster_mao.state.calls import CALLS_SUFFIX, CallsTable
 from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects, safe_name
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
@@ -128,6 +128,11 @@ class StateStore:
     def calls(self, pipeline: str, agent: str, workflow_id: str | None = None) -> pl.LazyFrame:
         """The agent's calls as `CALLS_SCHEMA` says, of all workflows or one, in no order; empty when none was logged."""
         return CallsTable(self.objects, pipeline, agent).scan(workflow_id)
+
+    def callers(self, pipeline: str) -> list[str]:
+        """The agents of a pipeline whose calls were logged, sorted; also those that have sealed nothing."""
+        folders = self.objects.folders(f"tables/{pipeline}")
+        return [name.removesuffix(CALLS_SUFFIX) for name in folders if name.endswith(CALLS_SUFFIX)]
 
     def _read(self, seal: Seal, file: SealedFile) -> pl.LazyFrame:
         if seal.canonical_digest() != seal.seal_digest:

@@ -53,6 +53,7 @@ def test_any_delta_reader_sees_the_calls_of_all_workflows(store: StateStore) -> 
     assert read.sort("run_id", "call").equals(pl.concat([one, other]))
     assert store.calls("credit", "score").collect().sort("run_id", "call").equals(read.sort("run_id", "call"))
     assert store.calls("credit", "score", f"credit/{AWKWARD_KEY}").collect().equals(other)
+    assert store.callers("credit") == ["score"]
     assert delta(store).filter(pl.col("workflow_id") == f"credit/{AWKWARD_KEY}").collect().equals(other)
 
 
@@ -66,6 +67,7 @@ def test_a_reader_that_asks_for_a_time_misses_no_call(local_store: StateStore) -
 def test_a_table_that_nobody_wrote_is_empty_and_reading_makes_none(store: StateStore) -> None:
     assert store.calls("credit", "score").collect().schema == CALLS_SCHEMA
     assert store.calls("credit", "score", "credit/day").collect().is_empty()
+    assert store.callers("credit") == []
     assert not list(store.objects.list("tables"))
     assert store.add_calls("credit", "score", calls())
     assert not list(store.objects.list("tables"))
