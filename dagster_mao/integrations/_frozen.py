@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class FrozenAnswers:
             answer = json.loads(path.read_text(encoding="utf-8"))["answer"]
             text = answer["text"] if "text" in answer else written(answer["json"])
             return Reply(text, answer.get("model"), cut=bool(answer.get("cut")), refused=bool(answer.get("refused")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AnswerNotFrozenError(
@@ -44,10 +44,15 @@ class FrozenAnswers:
         """The error that says which answer is missing, and how to get it."""
         name, there = self._path(contract, digest).name, sum(1 for _ in self.folder.glob("*.json"))
         return AnswerNotFrozenError(
-            f"No frozen answer for this {contract} in {self.folder}: {name} is missing; there are {there} others",
+            f"No frozen answer for this {contract} in {self.folder}: {name} is missing; others there: {there}",
             fix="record it once from the endpoint, with mao.LLM(…, frozen=…, record=True). If others were recorded before: prompt, record, "
             "contract, model or a parameter is not what it was then",
         )
+
+    def prepare(self) -> None:
+        """Makes the folder: before an answer is paid for. Raises `StoreError` when it cannot be made."""
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, contract: str, digest: str, body: Mapping[str, Any], reply: Reply) -> None:
         """Freezes a reply. Raises `StoreError` when the file cannot be written."""
@@ -57,8 +62,7 @@ class FrozenAnswers:
         # As JSON, a change shows in a review line by line.
         answer |= {"text": reply.text} if found is None else {"json": found}
         text = json.dumps({"asked": body, "answer": answer}, ensure_ascii=False, indent=2) + "\n"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._writing():
             handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
             try:
                 with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as file:
@@ -69,10 +73,6 @@ class FrozenAnswers:
                 with contextlib.suppress(OSError):
                     os.unlink(name)
                 raise
-        except OSError as error:
-            raise StoreError(
-                f"An answer cannot be frozen in {self.folder} ({type(error).__name__})", fix="name a folder that can be written"
-            ) from error
 
     def digest(self) -> str:
         """sha256 (hex) over all that is frozen here."""
@@ -81,6 +81,14 @@ class FrozenAnswers:
             for part in (path.name.encode(), path.read_bytes()):
                 digest.update(len(part).to_bytes(8, "big") + part)
         return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = f"Answers cannot be frozen in {self.folder} ({type(error).__name__})"
+            raise StoreError(what, fix="name a folder that can be written") from error
 
     def _path(self, contract: str, digest: str) -> Path:
         return self.folder / f"{contract}-{digest[:16]}.json"

@@ -161,6 +161,8 @@ class LLM(dg.ConfigurableResource[Any]):
             elif frozen and not self.record:
                 raise frozen.missing(contract.__name__, digest)
             else:
+                if frozen:
+                    frozen.prepare()
                 # One call may ask several things: what is asked is part of the key.
                 reply = yield body, {"Idempotency-Key": f"{call}-{digest[:12]}"} if call else {}
                 self._tell(reply)
