@@ -54,23 +54,22 @@ class Conversation(Generic[M]):
         what the author gave that breaks the contract, which no further turn would mend.
         """
         self._taken += 1
-        try:
-            return self._record(reply)
-        except _Malformed as malformed:
-            if reply.refused or self._taken >= self._turns:
-                # Without its cause, which quotes the answer.
-                raise self._given_up(malformed) from None
-            self._body = {**self._body, "messages": [*self._body["messages"], *self._correction(reply, malformed.said)]}
-            return None
+        made = self._made(reply)
+        if not isinstance(made, _Malformed):
+            return made
+        if reply.refused or self._taken >= self._turns:
+            raise self._given_up(made)
+        self._body = {**self._body, "messages": [*self._body["messages"], *self._correction(reply, made.said)]}
+        return None
 
-    def _record(self, reply: Reply) -> M:
+    def _made(self, reply: Reply) -> M | _Malformed:
         if reply.refused:
-            raise _Malformed("it refused to answer", "")
+            return _Malformed("it refused to answer", "")
         answered = parsed(reply.text)
         if answered is None and reply.cut:
-            raise _Malformed("cut off at the limit of tokens", "Your answer was cut off. Answer again, and be shorter.")
+            return _Malformed("cut off at the limit of tokens", "Your answer was cut off. Answer again, and be shorter.")
         if answered is None:
-            raise _Malformed("no JSON object", "Your answer is no JSON object. Answer again, with one JSON object and nothing else.")
+            return _Malformed("no JSON object", "Your answer is no JSON object. Answer again, with one JSON object and nothing else.")
         data = {**{name: value for name, value in answered.items() if name not in self._withheld}, **self._given}
         try:
             # By the names that the schema spoke of. What came as JSON has no dates: a strict contract is about records, not about this.
@@ -78,7 +77,7 @@ class Conversation(Generic[M]):
         except ValidationError as error:
             if any(one["loc"] and one["loc"][0] in self._given for one in error.errors(include_url=False, include_input=False)):
                 raise
-            raise self._broken(error) from None
+            return self._broken(error)
 
     def _broken(self, error: ValidationError) -> _Malformed:
         told, said = dict[str, None](), list[str]()
@@ -118,12 +117,11 @@ class Conversation(Generic[M]):
         )
 
 
-class _Malformed(Exception):
+class _Malformed(NamedTuple):
     """A reply that is no record: what is `told` in an error, without its values, and what is `said` to the model."""
 
-    def __init__(self, told: str, said: str) -> None:
-        super().__init__(told)
-        self.told, self.said = told, said
+    told: str
+    said: str
 
 
 # -- what is sent ------------------------------------------------------------------------------------------------------------------------

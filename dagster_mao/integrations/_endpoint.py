@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -51,11 +50,15 @@ class Endpoint:
     def post(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Reply:
         """The reply to one request, made once. Raises `TransientError` for what may go well next time, `LLMRequestError` for the rest."""
         with self._lock:
-            if self._sync is None:
-                self._sync = openai.OpenAI(**self._settings())
-        with self._explained():
-            response = self._sync.post(_PATH, cast_to=httpx2.Response, body=dict(body), options={"headers": dict(headers)})
-        return self._read(response)
+            client = self._sync = self._sync or openai.OpenAI(**self._settings())
+        # Raised when the library's error is out of sight: its text, and what it holds, quote what was sent, or the key.
+        try:
+            response = client.post(_PATH, cast_to=httpx2.Response, body=dict(body), options={"headers": dict(headers)})
+        except openai.OpenAIError as error:
+            failed = self._explained(error)
+        else:
+            return self._read(response)
+        raise failed
 
     async def apost(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Reply:
         """As `post`, awaited; cancelled, it ends the request."""
@@ -65,9 +68,13 @@ class Endpoint:
             client = self._clients[loop] = openai.AsyncOpenAI(**self._settings())
             self._closers[loop] = self._closing(loop, client)
             await anext(self._closers[loop])
-        with self._explained():
+        try:
             response = await client.post(_PATH, cast_to=httpx2.Response, body=dict(body), options={"headers": dict(headers)})
-        return self._read(response)
+        except openai.OpenAIError as error:
+            failed = self._explained(error)
+        else:
+            return self._read(response)
+        raise failed
 
     async def _closing(self, loop: asyncio.AbstractEventLoop, client: openai.AsyncOpenAI) -> AsyncGenerator[None]:
         """A loop that ends closes the generators that have not ended, and so the client whose connections belong to it."""
@@ -88,45 +95,30 @@ class Endpoint:
         # Tries are the gateway's: the library's own would be made behind its back, and not be counted.
         return {"base_url": self._url, "api_key": self._key, "timeout": self._timeout, "max_retries": 0}
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Errors by what can be done about them. Their texts quote what was sent, or the key, and stay behind."""
-        try:
-            yield
-        except openai.APIStatusError as error:
-            self._refused(error)
-        except openai.APITimeoutError:
-            raise EndpointUnavailableError(f"{self._host} was silent for {self._timeout:g} seconds") from None
-        except openai.APIConnectionError as error:
-            why = type(error.__cause__ or error).__name__
-            raise EndpointUnavailableError(f"{self._host} cannot be reached, or the connection was cut ({why})") from None
-        except openai.APIError as error:
-            raise GarbledReplyError(f"{self._host} sent no reply of the protocol ({type(error).__name__})") from None
-
-    def _refused(self, error: openai.APIStatusError) -> NoReturn:
-        status, code = error.status_code, str(error.code or error.type or "")
-        told = f"{self._host} answered {status}" + (f" {code}" if _WORD.fullmatch(code) else "")
-        if code not in _UNPAID and (status in _TRANSIENT or status >= 500):
+    def _explained(self, error: openai.OpenAIError) -> Exception:
+        """An error of the library, by what can be done about it."""
+        if isinstance(error, openai.APIStatusError):
+            status, code = error.status_code, str(error.code or error.type or "")
+            told = f"{self._host} answered {status}" + (f" {code}" if _WORD.fullmatch(code) else "")
+            if code in _UNPAID or (status not in _TRANSIENT and status < 500):
+                return LLMRequestError(told, status=status, fix=_fix(status, code))
             kind = TooManyRequestsError if status == 429 else EndpointUnavailableError
-            raise kind(told, retry_after=retry_after(error)) from None
-        raise LLMRequestError(told, status=status, fix=_fix(status, code)) from None
+            return kind(told, retry_after=retry_after(error))
+        if isinstance(error, openai.APITimeoutError):
+            return EndpointUnavailableError(f"{self._host} was silent for {self._timeout:g} seconds")
+        if isinstance(error, openai.APIConnectionError):
+            why = type(error.__cause__ or error).__name__
+            return EndpointUnavailableError(f"{self._host} cannot be reached, or the connection was cut ({why})")
+        return GarbledReplyError(f"{self._host} sent no reply of the protocol ({type(error).__name__})")
 
     def _read(self, response: httpx2.Response) -> Reply:
         try:
             completion = _Completion.model_validate_json(response.content)
         except ValidationError as error:
             why = ", ".join(dict.fromkeys(one["type"] for one in error.errors(include_url=False, include_input=False)))
-            raise GarbledReplyError(f"{self._host} sent no reply of the protocol ({why})") from None
-        choice, used = completion.choices[0], completion.usage or _Usage()
-        calls = choice.message.tool_calls or []
-        return Reply(
-            text=calls[0].function.arguments if calls else choice.message.content or "",
-            model=completion.model,
-            input_tokens=used.prompt_tokens or 0,
-            output_tokens=used.completion_tokens or 0,
-            cut=choice.finish_reason == "length",
-            refused=bool(choice.message.refusal) or choice.finish_reason == "content_filter",
-        )
+        else:
+            return completion.reply
+        raise GarbledReplyError(f"{self._host} sent no reply of the protocol ({why})")
 
 
 def _fix(status: int, code: str) -> str:
@@ -172,3 +164,16 @@ class _Completion(BaseModel):
     model: str | None = None
     choices: list[_Choice] = Field(min_length=1)
     usage: _Usage | None = None
+
+    @property
+    def reply(self) -> Reply:
+        choice, used = self.choices[0], self.usage or _Usage()
+        calls = choice.message.tool_calls or []
+        return Reply(
+            text=calls[0].function.arguments if calls else choice.message.content or "",
+            model=self.model,
+            input_tokens=used.prompt_tokens or 0,
+            output_tokens=used.completion_tokens or 0,
+            cut=choice.finish_reason == "length",
+            refused=bool(choice.message.refusal) or choice.finish_reason == "content_filter",
+        )

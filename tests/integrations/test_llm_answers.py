@@ -236,8 +236,7 @@ def test_turns_are_bounded_and_the_error_shows_no_values(server, corrections):
     assert "did not answer with a Summary" in str(malformed.value)
     assert "(stars: less_than_equal)" in str(malformed.value)
     assert "secret" not in str(malformed.value)
-    assert malformed.value.__cause__ is None
-    assert malformed.value.__suppress_context__
+    assert malformed.value.__cause__ is malformed.value.__context__ is None  # pydantic's error quotes the answer
     assert pickle.loads(pickle.dumps(malformed.value)).what == malformed.value.what  # noqa: S301
 
 
