@@ -40,7 +40,7 @@ from dagster_mao.run import Result, run
 from dagster_mao.state import Seal, StateStore
 
 if TYPE_CHECKING:
-    from dagster_mao.dagster import AgentTranslator, StateIOManager, StateStoreResource, build_asset, build_definitions
+    from dagster_mao.dagster import AgentTranslator, PolicyOverrides, StateIOManager, StateStoreResource, build_asset, build_definitions
     from dagster_mao.integrations.llm import LLM
 
 __all__ = [
@@ -73,6 +73,7 @@ __all__ = [
     "PinError",
     "Pipeline",
     "Policy",
+    "PolicyOverrides",
     "Quarantine",
     "RateLimitError",
     "Resubmission",
@@ -96,7 +97,9 @@ __all__ = [
     "usage",
 ]
 
-_DAGSTER_SIDE = frozenset({"AgentTranslator", "StateIOManager", "StateStoreResource", "build_asset", "build_definitions"})
+_DAGSTER_SIDE = frozenset(
+    {"AgentTranslator", "PolicyOverrides", "StateIOManager", "StateStoreResource", "build_asset", "build_definitions"}
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -360,7 +360,7 @@ def test_the_corrected_record_is_decided_when_dagster_materialises_the_agents(pr
     call("resubmit", f"{DAY}@1", "--record", "3", "--set", "amount=50")
     loans = pipeline(project)
     state = mao.StateStoreResource(root=str(project / "state"))
-    given = {"state_store": state, "state_io_manager": mao.StateIOManager(state_store=state)}
+    given = {"state_store": state, "state_io_manager": mao.StateIOManager(state_store=state), "policies": mao.PolicyOverrides()}
     below = ["score", "score_quarantine", "decision"]
     with dg.DagsterInstance.from_config(str(project / "home")) as instance:
         known = instance.get_latest_materialization_event(dg.AssetKey(["loans", "applications"]))

@@ -21,6 +21,7 @@ EAGER = {
     "Personal",
     "Pipeline",
     "Policy",
+    "PolicyOverrides",
     "Quarantine",
     "Result",
     "Resubmission",

@@ -1,15 +1,17 @@
-"""A pipeline as Dagster definitions: assets, checks, a job, a schedule where there is a clock to schedule by, and the resources."""
+"""A pipeline as Dagster definitions: assets, checks, a job, the resources; a schedule and a sensor where there is a clock or a breaker."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import dagster as dg
 
 from dagster_mao.dagster.assets import IO_MANAGER, asset_keys, build_assets
+from dagster_mao.dagster.breakers import BreakerAlert, build_breaker_sensor, guarded_agents
 from dagster_mao.dagster.checks import build_chain_checks, checks_of_all
 from dagster_mao.dagster.io_manager import StateIOManager
+from dagster_mao.dagster.policies import POLICIES, PolicyOverrides
 from dagster_mao.dagster.resources import STATE_STORE, StateStoreResource
 from dagster_mao.dagster.translator import AgentTranslator
 from dagster_mao.errors import WiringError
@@ -23,21 +25,27 @@ def build_definitions(
     *,
     resources: Mapping[str, Any] | None = None,
     translator: AgentTranslator | None = None,
+    alert: Callable[[BreakerAlert], object] | None = None,
 ) -> dg.Definitions:
     """Everything that Dagster needs to run, show and schedule a pipeline; merge it with other definitions as you like.
 
     `resources` holds those that the agents take, and `state_store` (`StateStoreResource`); without the latter the environment variable
-    `DAGSTER_MAO_ROOT` names the root, and `DAGSTER_MAO_DATABASE` the shared database if there is one. Raises `WiringError` when a
-    resource is missing.
+    `DAGSTER_MAO_ROOT` names the root, and `DAGSTER_MAO_DATABASE` the shared database if there is one. `policies` (`PolicyOverrides`)
+    changes agents' policies; without it there are none until somebody writes them in the launchpad. Raises `WiringError` when a resource is
+    missing, or an override names what there is not.
+
+    Where an agent has a breaker, a sensor shows how it stands (`build_breaker_sensor`); `alert` is called for each that opens.
     """
     assets = build_assets(pipeline, translator=translator)
     job = build_job(pipeline)
     schedule = build_schedule(pipeline, job)
+    sensors = [build_breaker_sensor(pipeline, alert)] if guarded_agents(pipeline) else []
     return dg.Definitions(
         assets=assets,
         asset_checks=build_chain_checks(pipeline),
         jobs=[job],
         schedules=[schedule] if schedule else [],
+        sensors=sensors,
         resources=_resources(pipeline, dict(resources or {})),
     )
 
@@ -76,10 +84,18 @@ def _resources(pipeline: Pipeline, given: dict[str, Any]) -> dict[str, Any]:
             fix=f"build_definitions(resources={{{missing[0]!r}: …}})",
         )
     store = given.get(STATE_STORE) or _store_at(_root())
-    return {IO_MANAGER: _io_manager(store), **given, STATE_STORE: store}
+    policies = given.get(POLICIES) or _no_overrides()
+    if isinstance(policies, PolicyOverrides):
+        policies.of(pipeline)
+    return {IO_MANAGER: _io_manager(store), **given, STATE_STORE: store, POLICIES: policies}
 
 
-# Definitions.merge takes a resource key twice only for the same object, and pipelines share these two.
+# Definitions.merge takes a resource key twice only for the same object, and pipelines share these.
+
+
+@lru_cache(maxsize=1)
+def _no_overrides() -> PolicyOverrides:
+    return PolicyOverrides()
 
 
 @lru_cache(maxsize=32)

@@ -12,9 +12,11 @@ from dagster_mao.contract import Contract, columns, compare
 from dagster_mao.dagster.anchors import SEAL_DIGEST, STATE_VERSION
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.review.contract import Consumer, asked, page
-from dagster_mao.state import Parent, Seal
+from dagster_mao.review.deferred import waiting
+from dagster_mao.state import CallSummary, Parent, Seal, StateStore
 
 PERSONAL_TAG = "personal"
+_DEFERRED_SHOWN = 20
 
 
 def column_schema(contract: Contract[Any]) -> dg.TableSchema:
@@ -90,9 +92,10 @@ def _reading(pipeline: Pipeline, read: Input) -> str:
     return f"{names[0]}, read as {names[1]}\n\n{asked(compare(producer.describe(), read.contract.describe()))}"
 
 
-def of_seal(seal: Seal, pipeline: Pipeline, *, reused: bool) -> dict[str, Any]:
-    """What the state log says of a state version."""
+def of_seal(seal: Seal, pipeline: Pipeline, *, reused: bool, calls: CallSummary | None = None) -> dict[str, Any]:
+    """What the state log says of a state version. `calls` is what those of this step came to, where that is not what the seal says."""
     agent = pipeline.node(seal.agent)
+    came_to = calls or (CallSummary.model_validate_json(seal.usage) if seal.usage else CallSummary())
     lineage = column_lineage(pipeline, agent)
     return {
         STATE_VERSION: dg.MetadataValue.text(seal.reference),
@@ -112,6 +115,10 @@ def of_seal(seal: Seal, pipeline: Pipeline, *, reused: bool) -> dict[str, Any]:
         "mao/sealed_at": dg.MetadataValue.timestamp(seal.sealed_at),
         "mao/reused": reused,
         "mao/quarantined": seal.quarantined,
+        "mao/deferred": seal.deferred or 0,
+        "mao/fallbacks": seal.fallbacks or 0,
+        **of_calls(came_to),
+        **({"mao/policy": dg.MetadataValue.json(json.loads(seal.policy))} if seal.policy else {}),
         "mao/latency_seconds": seal.latency_seconds,
         "mao/size_bytes": seal.size_bytes,
         "mao/agent_version": dg.MetadataValue.text(seal.agent_version),
@@ -127,6 +134,28 @@ def of_seal(seal: Seal, pipeline: Pipeline, *, reused: bool) -> dict[str, Any]:
         **({"dagster/column_lineage": lineage} if lineage else {}),
         **({"mao/model": seal.model} if seal.model else {}),
     }
+
+
+def of_calls(came_to: CallSummary) -> dict[str, Any]:
+    """What calls came to, as numbers that the UI plots: zeros too. Only percentiles of no calls are left out, which a zero would belie."""
+    percentiles = {f"mao/call_{name}": value for name in ("p50_seconds", "p95_seconds", "p99_seconds") if (value := getattr(came_to, name))}
+    return {
+        "mao/calls": came_to.calls,
+        "mao/tries": came_to.tries,
+        "mao/calls_reused": came_to.reused,
+        "mao/calls_refused": came_to.refused,
+        "mao/error_rate": came_to.error_rate,
+        **{name: float(value) for name, value in percentiles.items()},
+        "mao/input_tokens": came_to.input_tokens,
+        "mao/output_tokens": came_to.output_tokens,
+        "mao/cost": came_to.cost,
+    }
+
+
+def of_deferred(store: StateStore, seal: Seal) -> dict[str, Any]:
+    """The records that wait for the next run: the first of them, with whose call was not made and which breaker was open."""
+    rows = [dg.TableRecord({name: value or "" for name, value in row.items()}) for row in waiting(store, seal, limit=_DEFERRED_SHOWN)]
+    return {"mao/deferred_records": dg.MetadataValue.table(rows, schema=_strings("record", "agent", "why"))} if rows else {}
 
 
 def parents_table(parents: Iterable[Parent]) -> dg.TableMetadataValue:

@@ -5,10 +5,15 @@ from collections.abc import Iterable, Mapping
 import dagster as dg
 
 from dagster_mao.errors import WiringError
+from dagster_mao.overrides import EVERY, fresh_agents
+from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import Attempt, StateStore
 
 WORKFLOW_TAG = "mao/workflow"
 """A run tag that says, on an unpartitioned pipeline, which workflow the run belongs to."""
+
+FRESH_TAG = "mao/fresh"
+"""A run tag that says for which agents no kept answer is used: "true" for all of the run, or their names with commas between."""
 
 PIPELINE_TAG, AGENT_TAG, ENTRY_TAG = "mao/pipeline", "mao/agent", "mao/entry"
 """Tags of an agent's op. The plan is read from them, so that whoever joins an attempt first, an IO manager too, pins the same plan."""
@@ -65,6 +70,14 @@ def only_partition(keys: Iterable[str], what: str) -> str:
             fix="leave the backfill policy at one run per partition",
         )
     return found[0]
+
+
+def is_fresh(tags: Mapping[str, str], pipeline: Pipeline, agent: str) -> bool:
+    """Whether the run's tag says so of an agent. Raises `WiringError` when it names one that there is not."""
+    told = tags.get(FRESH_TAG, "").strip()
+    if told.lower() in ("", "false"):
+        return False
+    return agent in fresh_agents(pipeline, [EVERY] if told.lower() == "true" else [name.strip() for name in told.split(",")])
 
 
 def _tagged_workflow(tags: Mapping[str, str], pipeline: str) -> str | None:

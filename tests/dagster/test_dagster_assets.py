@@ -29,7 +29,7 @@ def run(folder, pipeline=None, *, instance=None, agents=None, assets=(), **optio
     own = build_assets(pipeline)
     selection = [dg.AssetKey([pipeline.name, agent]) for agent in agents] if agents else None
     given = {**resources(folder), **options.pop("resources", {})}
-    given["state_io_manager"] = loans.state_io_manager(folder)
+    given = {"policies": mao.PolicyOverrides(), **given, "state_io_manager": loans.state_io_manager(folder)}
     return dg.materialize([*own, *assets], instance=instance, selection=selection, resources=given, raise_on_error=False, **options)
 
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 import dagster_mao as mao
-from dagster_mao.dagster import StateIOManager, StateStoreResource, build_definitions
+from dagster_mao.dagster import PolicyOverrides, StateIOManager, StateStoreResource, build_definitions
 from dagster_mao.dagster.assets import build_assets
 from dagster_mao.errors import BatchRefusedError, TamperedError
 from dagster_mao.run import run
@@ -84,7 +84,8 @@ def desk(tmp_path):
 
 def materialize(desk, instance=None, partitions_def=None, **options):
     state = StateStoreResource(root=str(desk / "state"))
-    resources = {"state_store": state, "state_io_manager": StateIOManager(state_store=state), "applications": desk / "day.parquet"}
+    given = {"state_store": state, "state_io_manager": StateIOManager(state_store=state), "policies": PolicyOverrides()}
+    resources = {**given, "applications": desk / "day.parquet"}
     assets = build_assets(pipeline(partitions_def))
     return dg.materialize(assets, resources=resources, instance=instance, raise_on_error=False, **options)
 

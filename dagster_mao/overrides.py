@@ -1,0 +1,52 @@
+"""What operators change of agents' policies, and whose answers they want anew: checked against the pipeline before anything is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dagster_mao.errors import WiringError
+from dagster_mao.gateway import Policy
+from dagster_mao.pipeline import Pipeline
+
+EVERY = "*"
+UNKEPT = Policy(keep_answers=0)
+"""What is in force for an agent that declares no policy."""
+
+
+def changes_of(pipeline: Pipeline, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The changes by agent of a pipeline, and "*", of overrides by agent, `pipeline.agent` or "*".
+
+    Raises `WiringError` for an agent or a field that there is not, and for values that make no policy.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, changes in overrides.items():
+        if (agent := _own(pipeline, name)) is not None:
+            if not isinstance(changes, Mapping):
+                raise WiringError(f"{changes!r} changes no policy", agent=name, field="policies", fix="give fields of it: {'timeout': 10}")
+            found.setdefault(agent, {}).update(changes)
+    for agent, declared in pipeline.agents.items() if found else ():
+        in_force(declared.policy, found, agent)
+    return found
+
+
+def in_force(policy: Policy | None, changes: Mapping[str, Mapping[str, Any]], agent: str) -> Policy:
+    """An agent's policy with the changes for all, then its own. Raises `WiringError` when they make none."""
+    policy = policy or UNKEPT
+    for changed in (changes.get(EVERY), changes.get(agent)):
+        policy = policy.overridden(changed, agent=agent) if changed else policy
+    return policy
+
+
+def _own(pipeline: Pipeline, name: str) -> str | None:
+    """The agent that a name means: None for one that is said to be of another pipeline. Raises `WiringError` for one that there is not."""
+    before, dot, after = name.rpartition(".")
+    if dot and before != pipeline.name:
+        return None
+    return after if after == EVERY else pipeline.node(after).name
+
+
+def fresh_agents(pipeline: Pipeline, names: Iterable[str]) -> frozenset[str]:
+    """The agents whose kept answers are not to be used, of names as overrides take them. Raises `WiringError` for one that there is not."""
+    meant = {_own(pipeline, name) for name in names}
+    return frozenset(pipeline.agents) if EVERY in meant else frozenset(name for name in meant if name is not None)
