@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dagster_mao.gateway._gateway import Gateway, shared_store
-from dagster_mao.gateway._key import idempotency_key
+from dagster_mao.gateway._key import CallKeys, idempotency_key
 from dagster_mao.gateway._policy import Breaker, Policy, TransientError, parse_rate
 from dagster_mao.gateway._record import CallOutcome, CallRecord, usage
 from dagster_mao.gateway._retry import retry_after
@@ -15,6 +15,7 @@ __all__ = [
     "Answer",
     "Answers",
     "Breaker",
+    "CallKeys",
     "CallOutcome",
     "CallRecord",
     "Gateway",
