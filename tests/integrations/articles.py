@@ -39,7 +39,7 @@ def articles() -> list[Article]:
 
 @mao.agent(model="gpt-4o-mini", policy=mao.Policy(timeout=30, retries=3, token_limit="100000/minute"))
 async def summary(articles: Article, *, llm: mao.LLM) -> Summary:
-    return await llm.ask(Summary, PROMPT, articles)
+    return await llm.ask(Summary, "Summarise the article in two sentences.", articles)
 
 
 @mao.agent(name="summary", model="gpt-4o-mini", policy=mao.Policy(timeout=30, retries=3))

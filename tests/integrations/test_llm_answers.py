@@ -6,6 +6,8 @@ import asyncio
 import datetime as dt
 import json
 import pickle
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import dagster as dg
@@ -417,3 +419,9 @@ def test_it_travels_to_a_child_process(server):
     there: mao.LLM = pickle.loads(pickle.dumps(llm))  # noqa: S301
     assert there.ask_sync(Summary, PROMPT, ARTICLE).stars == 4
     assert server.requests[0].body == server.requests[1].body
+
+
+def test_the_agent_in_the_documentation_is_the_one_that_is_tested():
+    shown = re.search(r"```python\n(.*?)```", Path("docs/llm.md").read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] in Path("tests/integrations/articles.py").read_text()
