@@ -11,11 +11,12 @@ import dagster as dg
 
 from dagster_mao.dagster.anchors import STATE_VERSION, read_anchors
 from dagster_mao.dagster.assets import check_spec
+from dagster_mao.dagster.quarantine import quarantine_key
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.errors import UnknownVersionError
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.review.quarantine import Account, accounts
-from dagster_mao.state import QUARANTINE_SUFFIX, Seal, StateStore
+from dagster_mao.state import Seal, StateStore
 from dagster_mao.state.verify import Finding, Report, verify
 
 CHAIN_INTEGRITY, CHAIN_INTEGRITY_ALL = "chain_integrity", "chain_integrity_all"
@@ -26,7 +27,9 @@ _ACCOUNTS = "Is every record that came in sealed, in quarantine, discarded or de
 
 
 def build_chain_checks(pipeline: Pipeline) -> list[dg.AssetChecksDefinition]:
-    """`chain_integrity` of every agent and `accounted` of every quarantine, in one step: a step costs seconds, a check milliseconds.
+    """`chain_integrity` of every agent, `accounted` of every quarantine and of agents whose records may be deferred, in one step.
+
+    A step costs seconds, a check milliseconds.
 
     They are of the workflow that the newest materialisation belongs to. On a partitioned pipeline they are of the partition's workflow and
     run with it; as the UI does not execute partitioned checks alone, there are `chain_integrity_all` and `accounted_all`, which it does:
@@ -55,7 +58,7 @@ def _stored_checks(pipeline: Pipeline, chain: str, account: str, *, of_partition
         for key in sorted(context.selected_asset_check_keys):
             where = workflows(context, key.asset_key)
             if key.name == account:
-                verdict = _accounted(store, key.asset_key, where)
+                verdict = _accounted(store, accounted[key.asset_key], where)
             else:
                 verdict = _verdict(store, context.instance, key.asset_key, where)
             yield dg.AssetCheckResult(check_name=key.name, asset_key=key.asset_key, **verdict)
@@ -68,21 +71,32 @@ def _stored_checks(pipeline: Pipeline, chain: str, account: str, *, of_partition
         return [f"{pipeline.name}/{partition}" for partition in sorted(context.instance.get_materialized_partitions(key))]
 
     of_all = "" if of_partition or pipeline.partitions_def is None else "Of all partitions: "
-    quarantining = [agent.name for agent in pipeline.agents.values() if agent.quarantine is not None]
+    accounted = accounted_agents(pipeline)
     common: dict[str, Any] = {"blocking": False, "partitioned": of_partition}
     wrap = dg.multi_asset_check(
         name=f"{pipeline.name}__{chain}",
         specs=[
             *(check_spec(chain, pipeline, agent, description=f"{of_all}{_CHAIN}", **common) for agent in pipeline.order),
-            *(
-                check_spec(account, pipeline, f"{agent}{QUARANTINE_SUFFIX}", description=f"{of_all}{_ACCOUNTS}", **common)
-                for agent in quarantining
-            ),
+            *(check_spec(account, pipeline, key.path[-1], description=f"{of_all}{_ACCOUNTS}", **common) for key in accounted),
         ],
         required_resource_keys={STATE_STORE},
         can_subset=True,
     )
     return wrap(stored)
+
+
+def accounted_agents(pipeline: Pipeline) -> dict[dg.AssetKey, str]:
+    """Whose records are accounted for, by the asset that says so: the quarantine, else, where records may be deferred, the agent's own."""
+    waiting: set[str] = set()
+    found = {}
+    for name, agent in pipeline.agents.items():
+        if (agent.policy is not None and agent.policy.when_open == "defer") or any(read.upstream in waiting for read in agent.inputs):
+            waiting.add(name)
+        if agent.quarantine is not None:
+            found[quarantine_key(pipeline.name, name)] = name
+        elif name in waiting and agent.output.key in [read.contract.key for read in agent.inputs if read.contract.key]:
+            found[dg.AssetKey([pipeline.name, name])] = name
+    return found
 
 
 def _newest(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[str]:
@@ -108,8 +122,7 @@ def _verdict(store: StateStore, instance: dg.DagsterInstance, key: dg.AssetKey, 
     return {"passed": not findings, "description": f"{where}: {what}.", "metadata": _told(reports)}
 
 
-def _accounted(store: StateStore, key: dg.AssetKey, workflows: Sequence[str]) -> dict[str, Any]:
-    agent = key.path[-1].removesuffix(QUARANTINE_SUFFIX)
+def _accounted(store: StateStore, agent: str, workflows: Sequence[str]) -> dict[str, Any]:
     found = [accounts(store, seal) for workflow in workflows if (seal := _counted(store, workflow, agent)) is not None]
     if not found:
         return {"passed": True, "description": "Nothing was sealed yet."}
