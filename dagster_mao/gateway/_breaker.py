@@ -26,6 +26,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from dagster_mao.errors import BreakerOpenError, StoreError, UnknownBreakerError
 from dagster_mao.gateway._policy import Breaker
+from dagster_mao.gateway._record import class_of
 from dagster_mao.gateway._shared import METADATA, SharedStore
 
 LOOK_EVERY = 0.25  # seconds for which a process believes what it read of a breaker
@@ -115,7 +116,7 @@ class Admission:
     def failed(self, error: BaseException) -> None:
         """The call failed: recorded at once. Errors that are not counted are as `released`."""
         if self._breaker.counts(error):
-            self._breaker._answer(self, "failed", _class_of(error))
+            self._breaker._answer(self, "failed", class_of(error))
         else:
             self.released()
 
@@ -494,8 +495,3 @@ def _moment(seconds: float | None) -> dt.datetime | None:
 
 def _at(seconds: float) -> dt.datetime:
     return dt.datetime.fromtimestamp(seconds, dt.timezone.utc)
-
-
-def _class_of(error: BaseException) -> str:
-    cls = type(error)
-    return cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from dagster_mao.errors import CallTimeoutError, WiringError
+from dagster_mao.errors import BreakerOpenError, CallTimeoutError, WiringError
 from dagster_mao.gateway._policy import Policy, parse_rate
+from dagster_mao.gateway._record import CallOutcome, CallRecord, Observe, Used, class_of, sink, total
 from dagster_mao.gateway._retry import aretry_call, retry_call
 from dagster_mao.gateway._timeout import acall, call_in_child, call_in_thread, strays
 
@@ -53,27 +54,45 @@ class Gateway:
         if policy.rate_limit is not None:
             self._limiter = Limiter(shared, policy.rate_key or name, *parse_rate(policy.rate_limit))
 
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What the function returns. Raises what its last try raised, `CallTimeoutError`, or `BreakerOpenError`."""
-        return retry_call(self._policy, lambda _: self._try(function, args))
+    def call(self, function: Callable[..., Any], *args: Any, observe: Observe | None = None) -> Any:
+        """What the function returns. Raises what its last try raised, `CallTimeoutError`, or `BreakerOpenError`.
 
-    async def acall(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        `observe` is told each try when it has ended, also one that an open breaker refused; it must not raise.
+        """
+        if self._policy.retries == 0:
+            return self._try(function, args, 1, observe)
+        return retry_call(self._policy, lambda number: self._try(function, args, number, observe))
+
+    async def acall(self, function: Callable[..., Awaitable[Any]], *args: Any, observe: Observe | None = None) -> Any:
         """As `call`, for what is awaited."""
-        return await aretry_call(self._policy, lambda _: self._atry(function, args))
+        if self._policy.retries == 0:
+            return await self._atry(function, args, 1, observe)
+        return await aretry_call(self._policy, lambda number: self._atry(function, args, number, observe))
 
-    def _try(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        admission = self._admit()
-        if self._limiter:
-            with _given_back(admission):
-                permit = self._limiter.reserve()
-            if permit:
-                # A wait may be longer than a probe's lease, and the breaker may open meanwhile.
-                _release(admission)
-                with self._returning(permit):
-                    time.sleep(permit)
-                    admission = self._admit()
-        with _answering(admission):
+    def _try(self, function: Callable[..., Any], args: tuple[Any, ...], number: int, observe: Observe | None) -> Any:
+        admission = self._entered(observe) if self._is_guarded else None
+        if admission is None and observe is None:
             return self._timed(function, args)
+        with _Try(number, admission, observe):
+            return self._timed(function, args)
+
+    def _entered(self, observe: Observe | None) -> Admission | None:
+        """Admitted by the breaker, with the permit of the rate limit at hand: the call is to be made now."""
+        try:
+            admission = self._admit()
+            if self._limiter:
+                with _given_back(admission):
+                    permit = self._limiter.reserve()
+                if permit:
+                    # A wait may be longer than a probe's lease, and the breaker may open meanwhile.
+                    _release(admission)
+                    with self._returning(permit):
+                        time.sleep(permit)
+                        admission = self._admit()
+        except Exception as error:
+            _not_made(error, observe)
+            raise
+        return admission
 
     def _timed(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if self._policy.timeout is None:
@@ -86,23 +105,38 @@ class Gateway:
                 logger.warning("%d calls of this process go on after their timeout, and may still take effect", going_on)
             raise
 
-    async def _atry(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> Any:
-        admission = self._admit()
-        if self._limiter:
-            with _given_back(admission):
-                permit = await self._limiter.areserve()
-            if permit:
-                _release(admission)
-                with self._returning(permit):
-                    await asyncio.sleep(permit)
-                    admission = self._admit()
-        with _answering(admission):
-            if self._policy.timeout is None:
-                return await function(*args)
-            return await acall(function, args, {}, timeout=self._policy.timeout)
+    async def _atry(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], number: int, observe: Observe | None) -> Any:
+        admission = await self._aentered(observe) if self._is_guarded else None
+        if admission is None and observe is None:
+            return await self._atimed(function, args)
+        with _Try(number, admission, observe):
+            return await self._atimed(function, args)
+
+    async def _aentered(self, observe: Observe | None) -> Admission | None:
+        try:
+            admission = self._admit()
+            if self._limiter:
+                with _given_back(admission):
+                    permit = await self._limiter.areserve()
+                if permit:
+                    _release(admission)
+                    with self._returning(permit):
+                        await asyncio.sleep(permit)
+                        admission = self._admit()
+        except Exception as error:
+            _not_made(error, observe)
+            raise
+        return admission
+
+    def _atimed(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> Awaitable[Any]:
+        return function(*args) if self._policy.timeout is None else acall(function, args, {}, timeout=self._policy.timeout)
 
     def _admit(self) -> Admission | None:
         return self._breaker.admit() if self._breaker else None
+
+    @property
+    def _is_guarded(self) -> bool:
+        return self._breaker is not None or self._limiter is not None
 
     @contextmanager
     def _returning(self, permit: Permit) -> Iterator[None]:
@@ -120,20 +154,51 @@ class Gateway:
             self._breaker.flush()
 
 
-@contextmanager
-def _answering(admission: Admission | None) -> Iterator[None]:
-    """Tells the breaker how the call went."""
-    try:
-        yield
-    except Exception as error:
-        if admission:
-            admission.failed(error)
-        raise
-    except BaseException:  # the step was interrupted, which says nothing about the called side
-        _release(admission)
-        raise
-    if admission:
-        admission.succeeded()
+class _Try:
+    """One try, while the call runs. How it went is told to the breaker, and what it used, how long it took and how it went to `observe`."""
+
+    __slots__ = ("_admission", "_begun", "_number", "_observe", "_started", "_token", "_told")
+
+    def __init__(self, number: int, admission: Admission | None, observe: Observe | None) -> None:
+        self._number, self._admission, self._observe = number, admission, observe
+
+    def __enter__(self) -> None:
+        if self._observe is not None:
+            self._told: list[Used] = []
+            self._token = sink.set(self._told.append)
+            self._started, self._begun = time.time(), time.perf_counter()
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        latency = 0.0 if self._observe is None else time.perf_counter() - self._begun
+        if (admission := self._admission) is not None:
+            if error is None:
+                admission.succeeded()
+            elif isinstance(error, Exception):
+                admission.failed(error)
+            else:  # the step was interrupted, which says nothing about the called side
+                admission.released()
+        if self._observe is not None:
+            sink.reset(self._token)
+            self._observe(self._record(latency, error))
+
+    def _record(self, latency: float, error: BaseException | None) -> CallRecord:
+        outcome: CallOutcome = "answered" if error is None else "timed_out" if isinstance(error, CallTimeoutError) else "failed"
+        admission = self._admission
+        name = None if error is None else class_of(error)
+        breaker = None if admission is None else "half-open" if admission.is_probe else "closed"
+        used = total(self._told) if self._told else _NOTHING
+        # Quicker than by its name, and made for every call.
+        return CallRecord._make((self._number, self._started, latency, outcome, name, *used, breaker))
+
+
+_NOTHING = Used()
+
+
+def _not_made(error: Exception, observe: Observe | None) -> None:
+    """Tells what kept a call from being made."""
+    if observe is not None:
+        refused = isinstance(error, BreakerOpenError)
+        observe(CallRecord(0, time.time(), 0.0, "refused" if refused else "failed", class_of(error), breaker="open" if refused else None))
 
 
 @contextmanager

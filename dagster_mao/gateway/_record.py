@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 CallOutcome = Literal["answered", "failed", "timed_out", "refused", "reused", "fallback"]
@@ -28,9 +26,11 @@ class CallRecord(NamedTuple):
     breaker: str | None = None  # its state when the call was admitted: closed, open, half-open; None without a breaker
 
 
-@dataclass
-class Usage:
-    """What one try has used until now, as told by `usage`."""
+Observe = Callable[[CallRecord], object]
+
+
+class Used(NamedTuple):
+    """What a call used, as told by `usage`."""
 
     model: str | None = None
     input_tokens: int = 0
@@ -38,29 +38,31 @@ class Usage:
     cost: float = 0.0
 
 
-_usage: ContextVar[Usage | None] = ContextVar("mao_usage", default=None)
+sink: ContextVar[Callable[[Used], object] | None] = ContextVar("mao_usage", default=None)
+"""Where `usage` tells it in this thread or task, and in those that are started with its context."""
 
 
-def usage(*, input_tokens: int = 0, output_tokens: int = 0, cost: float = 0.0, model: str | None = None) -> None:
+def usage(*, input_tokens: int | None = 0, output_tokens: int | None = 0, cost: float | None = 0.0, model: str | None = None) -> None:
     """Tells the gateway, from inside `execute`, what the call at hand used; adds to what was told before.
 
-    `cost` in whatever currency all agents of a store use. Outside of a call (a unit test) it does nothing.
+    `cost` in whatever currency all agents of a store use. None, as some clients say when they do not know, counts as 0. What a call told
+    before it failed, or before its timeout was over, counts too. Outside of a call (a unit test) it does nothing; nor in a thread that
+    `execute` starts itself without its context (`asyncio.to_thread` takes it along).
     """
-    told = _usage.get()
-    if told is None:
-        return
-    told.input_tokens += input_tokens
-    told.output_tokens += output_tokens
-    told.cost += cost
-    told.model = model or told.model
+    tell = sink.get()
+    if tell is not None:
+        tell(Used(None if model is None else str(model), int(input_tokens or 0), int(output_tokens or 0), float(cost or 0.0)))
 
 
-@contextmanager
-def metered() -> Iterator[Usage]:
-    """Collects what `usage` is told inside."""
-    collected = Usage()
-    token = _usage.set(collected)
-    try:
-        yield collected
-    finally:
-        _usage.reset(token)
+def total(told: Sequence[Used]) -> Used:
+    """All of it together; the model is that of the last who named one."""
+    if len(told) == 1:
+        return told[0]
+    model = next((used.model for used in reversed(told) if used.model is not None), None)
+    return Used(model, sum(used.input_tokens for used in told), sum(used.output_tokens for used in told), sum(used.cost for used in told))
+
+
+def class_of(error: BaseException) -> str:
+    """The class of an error, which is all that is told of it: its text may hold values."""
+    cls = type(error)
+    return cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"

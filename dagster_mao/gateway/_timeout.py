@@ -16,6 +16,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from multiprocessing import util
@@ -24,6 +25,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 from dagster_mao.errors import CallProcessError, CallTimeoutError
+from dagster_mao.gateway._record import Used, sink
 
 T = TypeVar("T")
 
@@ -31,6 +33,7 @@ GRACE = 1.0  # seconds that a cancelled coroutine has for its clean-up
 STARTUP = 120.0  # seconds that a child process may take to start and to import what it is to call
 _IDLE = 60.0  # seconds that a child process waits for the next call before it ends
 _OVERDUE = 1.0  # seconds after its timeout at which a call ends by itself, should nobody be left to kill it
+_DRAINED = 0.1  # seconds after a timeout in which is read what the call told before it
 
 
 def _timed_out(seconds: float) -> CallTimeoutError:
@@ -165,7 +168,7 @@ def call_in_child(function: Callable[..., T], args: Sequence[Any], kwargs: Mappi
     The time counts from when the process is up and has imported what it is to call; for that it has two minutes. It then waits a minute
     for further calls. `function`, arguments and answer are pickled. An exception comes back with its class and attributes, the child's
     traceback as its cause. `CallProcessError`: something cannot be pickled, or the process died. Processes that the call started are
-    killed with it, unless they are in a session of their own.
+    killed with it, unless they are in a session of their own. What the call tells by `usage` is told here at once.
     """
     try:
         call = bytes(ForkingPickler.dumps((function, tuple(args), dict(kwargs))))
@@ -251,12 +254,17 @@ class _Worker:
                     seconds=STARTUP,
                     fix="see what the modules do that it imports",
                 )
-            answer: Answer | None = self._connection.recv()
+            answer: Answer | Used | None = self._connection.recv()
             ready = True
-            if answer is None:
-                if not self._connection.poll(timeout):
+            deadline = time.monotonic() + timeout
+            while answer is None:
+                left = deadline - time.monotonic()
+                if left < -_DRAINED or not self._connection.poll(max(0.0, left)):
                     raise _timed_out(timeout)
                 answer = self._connection.recv()
+                if isinstance(answer, Used):
+                    _tell(answer)
+                    answer = None
         except (EOFError, ConnectionError):
             self.kill(whole_group=ready)
             how = f"exit code {self._process.exitcode}"
@@ -283,6 +291,12 @@ class _Worker:
 
 _idle: list[_Worker] = []
 _workers: set[_Worker] = set()
+
+
+def _tell(used: Used) -> None:
+    tell = sink.get()
+    if tell is not None:
+        tell(used)
 
 
 def _end_workers() -> None:
@@ -318,10 +332,31 @@ def _serve(connection: Connection[Any, Any]) -> None:
                 continue
             connection.send(None)
             _alarm(timeout + _OVERDUE)
+            telling = _Telling(connection)
+            token = sink.set(telling)
             answer = _answer(function, args, kwargs)
+            sink.reset(token)
             _alarm(0)
+            telling.end()
             connection.send(answer)
             del function, args, kwargs, answer, data
+
+
+class _Telling:
+    """Sends to the parent what the call tells by `usage`, from any of its threads; nothing of what one tells that outlives the call."""
+
+    def __init__(self, connection: Connection[Any, Any]) -> None:
+        self._connection: Connection[Any, Any] | None = connection
+        self._lock = threading.Lock()
+
+    def __call__(self, used: Used) -> None:
+        with self._lock, contextlib.suppress(OSError):  # nobody is left to be told
+            if self._connection is not None:
+                self._connection.send(used)
+
+    def end(self) -> None:
+        with self._lock:
+            self._connection = None
 
 
 def _answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
