@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import polars as pl
 from deltalake import CommitProperties, DeltaTable, Transaction
@@ -68,6 +70,8 @@ _COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
     "seal_digest": pl.String,
 }
 SCHEMA = pl.Schema(_COLUMNS)
+BRIEF = ("workflow_id", "version", "kind", "agent", "attempt", "parents", "digest", "sealed_at")
+"""The columns by which a reader that follows the log tells what there is to do."""
 
 # An open reads every commit since the last checkpoint, so checkpoints are frequent; the commits behind one are dropped after seconds,
 # because the log's own time travel is not used (the rows say everything, and are chained). `setTransactionRetentionDuration` must never
@@ -86,6 +90,10 @@ _PROPERTIES = {
 _TIER_FILES, _TIERS = 10, 4
 _VACUUM_EVERY = 500
 _COMPACTION = "compaction"  # no workflow id: those have a slash
+# A merged file says of each row, in a column of its own that is no part of the row, a version of the table by which it had been committed,
+# and in its name the last of these: what a follower had read until then, it need not read again.
+_LANDED = "_landed"
+_MERGED = re.compile(r"(\d+)-[0-9a-f]{32}\.parquet")
 _TRIES = 1000
 _UNREADABLE = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)  # polars panics on a file that is cut off
 
@@ -126,6 +134,39 @@ class StateLog:
                 table = None
         return []
 
+    def since(self, cursor: str) -> tuple[pl.LazyFrame, str]:
+        """The rows that were committed after the cursor was taken, and the cursor of now; all rows, for "" or another log's cursor.
+
+        Nobody's clock is asked: a row lies in one file of the table, and is left out only where that file was read before under its name,
+        or where it says that the row had been committed by then. So none is passed over, however late it was committed. Rows that were
+        merged into another file since the cursor was taken may come again.
+        """
+        table = self.open()
+        if table is None:
+            return pl.LazyFrame(schema=SCHEMA), ""
+        read = _Cursor.of(cursor, table)
+        names = _file_names(table)
+        now = _Cursor(str(table.metadata().id), table.version(), frozenset(name for name in names if not _MERGED.fullmatch(name)))
+        urls = [f"{self.uri}/{name}" for name in names if not read.has(name)]
+        if not urls:
+            return pl.LazyFrame(schema=SCHEMA), now.text()
+        new = (pl.col(_LANDED) > read.version).fill_null(True)
+        return self._rows(urls, landed=True).filter(new).select(SCHEMA.names()), now.text()
+
+    def brief(self, pipeline: str, *, cursor: str = "", workflows: Iterable[str] | None = None) -> tuple[pl.DataFrame, str]:
+        """The columns `BRIEF` of a pipeline's rows since the cursor, and the cursor of now."""
+        chosen = pl.col("pipeline") == pipeline
+        if workflows is not None:
+            chosen &= pl.col("workflow_id").is_in(sorted(workflows))
+        for last in (False, False, True):
+            try:
+                rows, now = self.since(cursor)
+                return rows.filter(chosen).select(BRIEF).sort("workflow_id", "version").collect(), now
+            except _UNREADABLE as error:
+                if last:  # as in `seals`
+                    raise self._unreadable(error) from error
+        raise AssertionError
+
     def collect(self, rows: pl.LazyFrame) -> pl.DataFrame:
         """What a query over `scan` finds. Raises `StoreError` when a file of the log cannot be read."""
         try:
@@ -159,10 +200,11 @@ class StateLog:
             return pl.LazyFrame(schema=SCHEMA)
         return self._rows([f"{self.uri}/{path}" for path in files["path"]])
 
-    def _rows(self, urls: list[str]) -> pl.LazyFrame:
+    def _rows(self, urls: list[str], *, landed: bool = False) -> pl.LazyFrame:
         # An earlier release knew fewer columns.
+        schema = pl.Schema({**_COLUMNS, _LANDED: pl.Int64}) if landed else SCHEMA
         options = self._objects.storage_options or None
-        return pl.scan_parquet(urls, glob=False, schema=SCHEMA, missing_columns="insert", storage_options=options)
+        return pl.scan_parquet(urls, glob=False, schema=schema, missing_columns="insert", extra_columns="ignore", storage_options=options)
 
     def append(
         self, workflow_id: str, seen: Sequence[Seal], make: Callable[[Sequence[Seal]], Seal], table: DeltaTable | None = None
@@ -226,11 +268,11 @@ class StateLog:
             self._maintain(vacuum=any(version % _VACUUM_EVERY == 0 for version in new))
         return True
 
-    def _write(self, rows: pl.DataFrame, *, new: bool) -> AddAction:
+    def _write(self, rows: pl.DataFrame, *, new: bool, prefix: str = "") -> AddAction:
         """Writes a data file of the log, durably, and returns the action that would make it part of the log."""
         buffer = io.BytesIO()
         rows.write_parquet(buffer)
-        data, name = buffer.getvalue(), f"{uuid.uuid4().hex}.parquet"
+        data, name = buffer.getvalue(), f"{prefix}{uuid.uuid4().hex}.parquet"
         self._objects.put(f"{_PATH}/{name}", data)
         indexed = {name: rows[name].to_list() for name in ("workflow_id", "version", "agent", "pipeline")}
         stats = {
@@ -261,15 +303,50 @@ class StateLog:
         names = _crowded_tier(dict(files.select("path", "num_records").iter_rows()))
         if not names:
             return
-        rows = self._rows([f"{self.uri}/{name}" for name in names]).sort("workflow_id", "version").collect()
+        read = self._rows([f"{self.uri}/{name}" for name in names], landed=True)
+        rows = read.with_columns(pl.col(_LANDED).fill_null(table.version())).sort("workflow_id", "version").collect()
+        landed = rows.select(pl.col(_LANDED).max()).item()
         removes = [RemoveAction(name, False, _now_ms()) for name in names]
         turn = (table.transaction_version(_COMPACTION) or 0) + 1
         table.create_write_transaction(
-            [*removes, self._write(rows, new=False)],
+            [*removes, self._write(rows, new=False, prefix=f"{landed}-")],
             "append",
             table.schema(),
             commit_properties=CommitProperties(app_transactions=[Transaction(_COMPACTION, turn)], max_commit_retries=1000),
         )
+
+
+class _Cursor(NamedTuple):
+    """How far a follower has read: the log, its version then, and the names of the files that do not say when their rows were committed."""
+
+    log: str
+    version: int
+    files: frozenset[str]
+
+    @classmethod
+    def of(cls, text: str, table: DeltaTable) -> _Cursor:
+        """Where nothing was read, for text that is no cursor of this log: another log's, or of a log that was ahead of this one."""
+        try:
+            told = json.loads(text)
+            cursor = cls(told["log"], int(told["version"]), frozenset(told["files"]))
+        except (ValueError, TypeError, KeyError):
+            return _BEGINNING
+        return cursor if cursor.log == str(table.metadata().id) and cursor.version <= table.version() else _BEGINNING
+
+    def has(self, name: str) -> bool:
+        """Whether all rows of a file were read."""
+        merged = _MERGED.fullmatch(name)
+        return int(merged[1]) <= self.version if merged else name in self.files
+
+    def text(self) -> str:
+        return json.dumps({"log": self.log, "version": self.version, "files": sorted(self.files)})
+
+
+_BEGINNING = _Cursor("", -1, frozenset())
+
+
+def _file_names(table: DeltaTable) -> list[str]:
+    return [uri.rpartition("/")[2] for uri in table.file_uris()]
 
 
 def _crowded_tier(rows: Mapping[str, int]) -> list[str]:

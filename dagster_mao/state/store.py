@@ -58,6 +58,19 @@ class StateStore:
         """What a query over `log` finds. Raises `StoreError` when a file of the log cannot be read."""
         return self._log.collect(rows)
 
+    def sealed_since(self, cursor: str, pipeline: str) -> tuple[pl.DataFrame, str]:
+        """The seals of a pipeline that were committed since a cursor was taken, and the cursor of now. Columns: `BRIEF`.
+
+        `""` is the cursor before everything. Each seal comes at least once to whoever hands back the cursor of what it has dealt with,
+        however late it was committed and whatever clocks said; one may come again. A cursor that is lost, or another store's, costs time
+        only. Raises `StoreError`.
+        """
+        return self._log.brief(pipeline, cursor=cursor)
+
+    def sealed(self, pipeline: str, workflows: Iterable[str] | None = None) -> pl.DataFrame:
+        """All seals of a pipeline, or those of some of its workflows, by workflow and version. Columns: `BRIEF`. Raises `StoreError`."""
+        return self._log.brief(pipeline, workflows=workflows)[0]
+
     def workflows(self, pipeline: str | None = None) -> list[str]:
         """Ids of the workflows that have been sealed, sorted."""
         rows = self.log()
