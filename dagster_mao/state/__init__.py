@@ -2,6 +2,8 @@
 
 from dagster_mao.state.attempt import Attempt, Provenance
 from dagster_mao.state.calls import CALLS_SCHEMA, CALLS_SUFFIX, CallSummary
+from dagster_mao.state.kept import KeptFile, KeptFrames
+from dagster_mao.state.objects import reaching
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
 from dagster_mao.state.seal import DEFERRED_SUFFIX, QUARANTINE_SUFFIX, Parent, Seal
 from dagster_mao.state.snapshots import Staged, staged
@@ -17,10 +19,13 @@ __all__ = [
     "QUARANTINE_SUFFIX",
     "Attempt",
     "CallSummary",
+    "KeptFile",
+    "KeptFrames",
     "Parent",
     "Provenance",
     "Seal",
     "Staged",
     "StateStore",
+    "reaching",
     "staged",
 ]

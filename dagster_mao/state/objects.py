@@ -138,6 +138,19 @@ class Objects:
             found = obstore.list_with_delimiter(self._store, prefix=f"{prefix}/")["common_prefixes"]
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
 
+    def written(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """Paths of all files below a folder, and when they were written, in seconds since the epoch."""
+        if self.local is not None and not (self.local / prefix).exists():
+            return
+        with reaching(self.root):
+            for batch in obstore.list(self._store, prefix=prefix):
+                yield from ((entry["path"], entry["last_modified"].timestamp()) for entry in batch)
+
+    def remove(self, path: str) -> None:
+        """Removes a file, if it is there. Only for what is not part of the state: of that, nothing is ever removed."""
+        with reaching(self.root), suppress(FileNotFoundError, NotFoundError):
+            obstore.delete(self._store, path)
+
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A folder of its own on the disk that `adopt` takes files from most cheaply; gone at the end."""
