@@ -27,7 +27,8 @@ logger = logging.getLogger("dagster_mao.gateway")
 class Gateway:
     """What the calls of one agent pass through. `name` is that of its breaker and of its rate limit, unless the policy names others.
 
-    `database` is where breakers and limits are shared; a policy without them needs none. Raises `WiringError` when it is missing.
+    `database` is where breakers, limits and answers are shared; a policy that `is_shared` needs it. Raises `WiringError`
+    when it is missing.
     """
 
     def __init__(self, policy: Policy, name: str, database: str | None) -> None:
@@ -38,10 +39,13 @@ class Gateway:
             return
         if database is None:
             raise WiringError(
-                "Breakers and rate limits are shared through an SQL database, and none is named",
+                "Breakers, limits and kept answers are shared through an SQL database, and none is named",
                 field="database",
-                fix="give the state store a database: `postgresql://user@host/database`, or, for one host, the path of an SQLite file",
+                fix="give the state store one: `database=` a URL `postgresql://user@host/database`, or, for one host, the path of an "
+                "SQLite file; or share nothing: a policy with `keep_answers=0`, no breaker and no limits",
             )
+        if policy.breaker is None and policy.rate_limit is None:
+            return
         # SQLAlchemy and pybreaker are imported by steps that need them.
         from dagster_mao.gateway._breaker import SharedBreaker
         from dagster_mao.gateway._limit import Limiter

@@ -254,17 +254,18 @@ class _Worker:
                     seconds=STARTUP,
                     fix="see what the modules do that it imports",
                 )
-            answer: Answer | Used | None = self._connection.recv()
+            answer: Answer | None = self._connection.recv()
             ready = True
             deadline = time.monotonic() + timeout
             while answer is None:
                 left = deadline - time.monotonic()
                 if left < -_DRAINED or not self._connection.poll(max(0.0, left)):
                     raise _timed_out(timeout)
-                answer = self._connection.recv()
-                if isinstance(answer, Used):
-                    _tell(answer)
-                    answer = None
+                said: Answer | Used = self._connection.recv()
+                if isinstance(said, Used):
+                    _tell(said)
+                else:
+                    answer = said
         except (EOFError, ConnectionError):
             self.kill(whole_group=ready)
             how = f"exit code {self._process.exitcode}"
