@@ -7,19 +7,20 @@ Killing the process loses none that was kept; power loss at most those of the la
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import os
+import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from dagster_mao.errors import StoreError
 from dagster_mao.gateway._record import CallRecord
@@ -52,16 +53,15 @@ _STEPS = sa.Table(
 _ANSWERS = sa.Table(
     "mao_answers",
     METADATA,
-    # Of the step, times 2**32, plus the number in the step. So a step's answers lie together, in their order.
+    # Of the step, times 2**32, plus the number in the step. So a step's answers lie together, in their order. That is the only index: one
+    # by key would write a page of its own for each answer, and cost more than all the rest.
     sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
-    sa.Column("family", sa.BigInteger, nullable=False),  # workflow, agent and fingerprint, hashed: what is looked up together lies together
     sa.Column("key", sa.LargeBinary, nullable=False),
     sa.Column("record", sa.LargeBinary),  # as bytes: a key may be any text
-    sa.Column("value", sa.LargeBinary, nullable=False),
     sa.Column("told", sa.Text, nullable=False),  # the `CallRecord`, as JSON, so that it may grow
-    sa.Index("mao_answers_of", "family", "key"),
+    sa.Column("value", sa.LargeBinary, nullable=False),  # the last one: whoever looks for keys does not read it
 )
-_COLUMNS = "id, family, key, record, value, told"
+_COLUMNS = "id, key, record, told, value"
 
 
 class Answer(NamedTuple):
@@ -112,10 +112,9 @@ class Answers:
         self._shared, self._keep, self._fresh = shared, keep, fresh
         self._of = {"pipeline": pipeline, "agent": agent, "workflow_id": workflow_id}
         self._mine = {**self._of, "fingerprint": fingerprint, "attempt": attempt, "run_id": run_id, "about": json.dumps(dict(about or {}))}
-        self._family = _family(workflow_id, agent, fingerprint)
-        self._handed_out: dict[int, int] = {}  # last number, by step
         self._begin()
-        _ALL.add(self)
+        with _fork_turn:
+            _ALL.add(self)
 
     def _begin(self) -> None:
         self._state = threading.Lock()  # of what waits to be committed; held for an instant
@@ -129,6 +128,9 @@ class Answers:
         self._dirty = False  # something is committed that a power loss may take
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._looking = threading.Lock()
+        self._index: _Index | None = None
+        self._handed_out: dict[int, int] = {}  # the last number, by step
 
     # -- what is known ---------------------------------------------------------------------------------------------------------------
 
@@ -136,31 +138,33 @@ class Answers:
         """The answers kept under these keys; nothing with `fresh`. Of several, that of the step which began last."""
         if self._fresh or not keys:
             return {}
-        found: dict[str, tuple[int, Answer]] = {}
-        with self._shared.reading() as connection:
-            steps = {
-                row.id: (row.attempt, row.run_id)
-                for row in connection.execute(self._steps().where(_STEPS.c.fingerprint == self._mine["fingerprint"]))
-            }
+        with self._looking:
+            with self._shared.reading() as connection:
+                steps = {row.id: (row.attempt, row.run_id) for row in connection.execute(self._steps(self._mine["fingerprint"]))}
+                oldest = self._shared.now(connection) - self._keep
             if not steps:
                 return {}
-            oldest = self._shared.now(connection) - self._keep
-            for start in range(0, len(keys), _LOOKED_UP):
-                wanted = [bytes.fromhex(key) for key in keys[start : start + _LOOKED_UP]]
-                query = sa.select(_ANSWERS.c.id, _ANSWERS.c.key, _ANSWERS.c.value, _ANSWERS.c.told).where(
-                    _ANSWERS.c.family == self._family, _ANSWERS.c.key.in_(wanted)
-                )
-                for number, key, value, told in connection.execute(query):
-                    step, record = steps.get(number // _NUMBERS), _record(told)
-                    if step is None or record.started < oldest:
-                        continue
-                    before = found.get(key.hex())
-                    if before is None or before[0] < number:
-                        found[key.hex()] = number, Answer(bytes(value), record, *step)
-        return {key: answer for key, (_, answer) in found.items()}
+            self._index = self._index or _Index(self._shared)
+            self._index.read(steps)
+            asked = {bytes.fromhex(key) for key in keys}
+            places = self._index.find(asked)
+        found: dict[str, Answer] = {}
+        for place, key, told, value in self._at(places):
+            step, record = steps.get(place // _NUMBERS), _record(told)
+            if step is not None and record.started >= oldest and key in asked:
+                found[key.hex()] = Answer(bytes(value), record, *step)
+        return found
 
-    def _steps(self) -> sa.Select[Any]:
-        return sa.select(_STEPS).where(*(_STEPS.c[name] == value for name, value in self._of.items()))
+    def _at(self, places: Sequence[int]) -> Iterator[Any]:
+        columns = _ANSWERS.c.id, _ANSWERS.c.key, _ANSWERS.c.told, _ANSWERS.c.value
+        for part in _parts(places):
+            with self._shared.reading() as connection:
+                rows = connection.execute(sa.select(*columns).where(_ANSWERS.c.id.in_(part))).all()
+            yield from rows
+
+    def _steps(self, fingerprint: str | None = None) -> sa.Select[Any]:
+        of = self._of if fingerprint is None else {**self._of, "fingerprint": fingerprint}
+        return sa.select(_STEPS).where(*(_STEPS.c[name] == value for name, value in of.items())).order_by(_STEPS.c.id)
 
     # -- keeping ---------------------------------------------------------------------------------------------------------------------
 
@@ -172,8 +176,7 @@ class Answers:
             with self._commits:
                 if not batch.settled:
                     self._commit()
-        if batch.error is not None:
-            raise batch.error.again()
+        batch.raise_error()
 
     async def akeep(self, key: str, record: str | None, value: bytes, told: CallRecord) -> None:
         """As `keep`, without holding up the event loop."""
@@ -188,7 +191,7 @@ class Answers:
                 raise RuntimeError("these answers are closed")
             self._numbers += 1
             batch = self._waiting
-            batch.rows.append((self._numbers, *row))
+            batch.rows.append((self._numbers, row))
             if waiter is not None:
                 batch.waiters.append(waiter)
                 if len(batch.waiters) == 1:
@@ -212,28 +215,31 @@ class Answers:
                     self._wake.wait(pause)
                 if self._closed:
                     return
-            with self._commits, suppress(StoreError):  # those who wait are told; the rest is for the next try
-                self._commit()
+            with self._commits:
+                batch = self._commit()
+            if batch.error is not None:
+                with self._state:
+                    self._wake.wait(SYNC_EVERY)  # a store that is down is not asked without a pause
 
-    def _commit(self, *, durable: bool = False) -> None:
-        """Under `_commits`: commits what waits. At most once in `SYNC_EVERY`, and where it is asked for, durably."""
+    def _commit(self, *, durable: bool = False) -> _Batch:
+        """Under `_commits`: commits what waits; once in `SYNC_EVERY`, and where it is asked for, durably. The batch has what went wrong."""
         with self._state:
             batch, self._waiting = self._waiting, _Batch()
+        batch.error = _Told("Keeping answers was interrupted")
         try:
-            durable = durable or self._step is None or time.monotonic() - self._synced >= SYNC_EVERY
-            if durable and (batch.rows or self._dirty):
-                self._write_durably(batch.rows)
+            if durable or self._step is None or time.monotonic() - self._synced >= SYNC_EVERY:
+                if batch.rows or self._dirty:
+                    self._write_durably(batch.rows)
             elif batch.rows:
                 self._write(batch.rows)
+            batch.error = None
         except StoreError as error:
             batch.error = _Told(error.what, error.fix)
-            if not batch.rows:
-                raise
-        except BaseException:
-            batch.error = _Told("Keeping an answer was interrupted", None)
-            raise
+        except Exception as error:
+            batch.error = _Told(f"Answers could not be kept: {type(error).__name__}")
         finally:
             batch.settle()
+        return batch
 
     def _write(self, rows: list[_Numbered]) -> None:
         """One statement or two, on a connection that does nothing else: SQLAlchemy's costs are those of ten answers."""
@@ -266,13 +272,13 @@ class Answers:
                 step = connection.scalar(sa.insert(_STEPS).values(**self._mine, logged=0, last=now).returning(_STEPS.c.id))
             if rows:
                 mark = "?" if connection.dialect.name == "sqlite" else "%s"
-                insert = f"INSERT INTO mao_answers ({_COLUMNS}) VALUES ({', '.join([mark] * 6)}) ON CONFLICT DO NOTHING"  # noqa: S608
+                insert = f"INSERT INTO mao_answers ({_COLUMNS}) VALUES ({', '.join([mark] * 5)}) ON CONFLICT DO NOTHING"  # noqa: S608
                 connection.exec_driver_sql(insert, self._placed(rows, step))
         self._step, self._dirty, self._synced = step, False, time.monotonic()
 
     def _placed(self, rows: list[_Numbered], step: int | None) -> list[_Placed]:
-        first, family = (step or 0) * _NUMBERS, self._family
-        return [(first + number, family, key, record, value, told) for number, key, record, value, told in rows]
+        first = (step or 0) * _NUMBERS
+        return [(first + number, *row) for number, row in rows]
 
     def _drop_line(self) -> None:
         line, self._line = self._line, None
@@ -287,7 +293,7 @@ class Answers:
         A step that is still alive cannot be told from a killed one: then both log the same rows.
         """
         with self._shared.reading() as connection:
-            steps = connection.execute(self._steps().order_by(_STEPS.c.id)).all()
+            steps = connection.execute(self._steps()).all()
         for step in steps:
             if step.id == self._step:
                 continue
@@ -312,7 +318,7 @@ class Answers:
     def logged(self) -> None:
         """Notes that the calls table has all answers kept until now, and all that `unlogged` handed out (to its end)."""
         with self._commits:
-            self._commit(durable=True)
+            self._commit(durable=True).raise_error()
         done = dict(self._handed_out)
         if self._step is not None:
             done[self._step] = self._numbers
@@ -333,13 +339,14 @@ class Answers:
             self._closed = True
             thread = self._thread
             self._wake.notify()
+        with _fork_turn:
+            _ALL.discard(self)
         if thread is not None:
             thread.join()
         with self._commits:
-            try:
-                self._commit(durable=True)
-            finally:
-                self._drop_line()
+            batch = self._commit(durable=True)
+            self._drop_line()
+        batch.raise_error()
         try:
             self._forget()
         except StoreError as error:
@@ -381,9 +388,9 @@ class Answers:
 
 # -- rows ----------------------------------------------------------------------------------------------------------------------------
 
-_Row = tuple[bytes, "bytes | None", bytes, str]  # key, record, value, told
-_Numbered = tuple[int, bytes, "bytes | None", bytes, str]
-_Placed = tuple[int, int, bytes, "bytes | None", bytes, str]
+_Row = tuple[bytes, "bytes | None", str, bytes]  # key, record, told, value
+_Numbered = tuple[int, _Row]
+_Placed = tuple[int, bytes, "bytes | None", str, bytes]
 _Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
@@ -391,7 +398,7 @@ class _Told(NamedTuple):
     """An error, to be raised once per caller."""
 
     what: str
-    fix: str | None
+    fix: str | None = None
 
     def again(self) -> StoreError:
         return StoreError(self.what, fix=self.fix)
@@ -407,6 +414,10 @@ class _Batch:
         self.waiters: list[_Waiter] = []
         self.settled = False
         self.error: _Told | None = None
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error.again()
 
     def settle(self) -> None:
         self.settled = True
@@ -427,16 +438,74 @@ def _resolve(futures: list[asyncio.Future[None]], error: _Told | None) -> None:
 
 
 def _row(key: str, record: str | None, value: bytes, told: CallRecord) -> _Row:
-    return bytes.fromhex(key), None if record is None else record.encode("utf-8", "surrogatepass"), value, json.dumps(told)
+    return bytes.fromhex(key), None if record is None else record.encode("utf-8", "surrogatepass"), _encoded(told), value
+
+
+def _encoded(told: CallRecord) -> str:
+    try:
+        return to_json(told).decode()
+    except PydanticSerializationError:  # a model's name that is no UTF-8
+        clean = [part.encode("utf-8", "backslashreplace").decode() if isinstance(part, str) else part for part in told]
+        return to_json(clean).decode()
 
 
 def _record(told: str) -> CallRecord:
-    return CallRecord(*json.loads(told)[: len(CallRecord._fields)])
+    return CallRecord(*from_json(told)[: len(CallRecord._fields)])
 
 
-def _family(workflow_id: str, agent: str, fingerprint: str) -> int:
-    digest = hashlib.sha256(json.dumps([workflow_id, agent, fingerprint]).encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
+# -- where they lie -------------------------------------------------------------------------------------------------------------------
+
+
+class _Index:
+    """Where the answers of some steps lie, by key.
+
+    Read from the store as far as that has grown, into a temporary database of SQLite's own: once it is large it is a file of this process
+    alone, and ends with it.
+    """
+
+    def __init__(self, shared: SharedStore) -> None:
+        self._shared = shared
+        self._read: dict[int, int] = {}  # the last place read, by step
+        self._places = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        for setting in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-16384"):
+            self._places.execute(f"PRAGMA {setting}")
+        self._places.execute("CREATE TABLE places (prefix INTEGER PRIMARY KEY, place INTEGER NOT NULL)")
+
+    def read(self, steps: Iterable[int]) -> None:
+        """Reads what these steps have kept since the last time. A step commits in the order of its numbers, so nothing is passed over."""
+        for step in steps:
+            within = _ANSWERS.c.id < (step + 1) * _NUMBERS
+            while True:
+                after = self._read.get(step, step * _NUMBERS)
+                page = sa.select(_ANSWERS.c.id, _ANSWERS.c.key).where(_ANSWERS.c.id > after, within).order_by(_ANSWERS.c.id).limit(_PAGE)
+                with self._shared.reading() as connection:
+                    rows = connection.execute(page).all()
+                if rows:
+                    self._places.execute("BEGIN")
+                    self._places.executemany(_PLACE, [(_prefix(key), place) for place, key in rows])
+                    self._places.execute("COMMIT")
+                    self._read[step] = rows[-1].id
+                if len(rows) < _PAGE:
+                    break
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The places of these keys, in order. By their first eight bytes: whoever reads there compares the rest."""
+        found: list[int] = []
+        for part in _parts([_prefix(key) for key in keys]):
+            rows = self._places.execute(f"SELECT place FROM places WHERE prefix IN ({', '.join('?' * len(part))})", part)  # noqa: S608
+            found.extend(place for (place,) in rows)
+        return sorted(found)
+
+
+def _parts(whole: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (whole[start : start + _LOOKED_UP] for start in range(0, len(whole), _LOOKED_UP))
+
+
+_PLACE = "INSERT INTO places VALUES (?, ?) ON CONFLICT (prefix) DO UPDATE SET place = max(place, excluded.place)"
+
+
+def _prefix(key: bytes) -> int:
+    return int.from_bytes(key[:8], "big", signed=True)
 
 
 # -- the connection ------------------------------------------------------------------------------------------------------------------
@@ -454,18 +523,23 @@ class _Line:
 
     def __init__(self, shared: SharedStore) -> None:
         engine = shared._ready()
+        self._is_sqlite = engine.dialect.name == "sqlite"
         self._errors: Any = engine.dialect.loaded_dbapi.Error
         self._integrity: Any = engine.dialect.loaded_dbapi.IntegrityError
         with shared._driver_errors_told():
             pooled = engine.raw_connection()
             raw: Any = pooled.driver_connection
             pooled.detach()
-        self._raw, self._is_sqlite = raw, engine.dialect.name == "sqlite"
-        if self._is_sqlite:
-            raw.execute("PRAGMA synchronous=NORMAL")
-        else:
-            raw.autocommit = True
-            raw.execute("SET synchronous_commit = off")
+        self._raw = raw
+        try:
+            if self._is_sqlite:
+                raw.execute("PRAGMA synchronous=NORMAL")
+            else:
+                raw.autocommit = True
+                raw.execute("SET synchronous_commit = off")
+        except self._errors:
+            self.close()
+            raise _BrokenLineError from None
 
     def insert(self, rows: list[_Placed]) -> None:
         """Commits the rows. Raises `_BrokenLineError`."""
@@ -492,10 +566,10 @@ class _Line:
             self._raw.close()
 
 
-_SQLITE_INSERT = f"INSERT INTO mao_answers ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"  # noqa: S608
+_SQLITE_INSERT = f"INSERT INTO mao_answers ({_COLUMNS}) VALUES (?, ?, ?, ?, ?)"  # noqa: S608
 _POSTGRES_INSERT = (
     f"INSERT INTO mao_answers ({_COLUMNS}) "  # noqa: S608
-    "SELECT * FROM unnest(%b::bigint[], %b::bigint[], %b::bytea[], %b::bytea[], %b::bytea[], %b::text[])"
+    "SELECT * FROM unnest(%b::bigint[], %b::bytea[], %b::bytea[], %b::text[], %b::bytea[])"
 )
 
 
@@ -513,12 +587,15 @@ def _turn(shared: SharedStore) -> Iterator[None]:
 
 # As in the shared store, whose hooks run inside of these: a fork waits for the commits of other threads, and no connection crosses it.
 _ALL: weakref.WeakSet[Answers] = weakref.WeakSet()
+_fork_turn = threading.Lock()  # two threads may fork at once
 _forking: list[Answers] = []
 
 
 def _before_fork() -> None:
+    _fork_turn.acquire()
     _forking.extend(_ALL)
     for answers in _forking:
+        answers._looking.acquire()
         answers._commits.acquire()
         answers._state.acquire()
         answers._drop_line()
@@ -529,11 +606,14 @@ def _after_fork_in_parent() -> None:
         answers = _forking.pop()
         answers._state.release()
         answers._commits.release()
+        answers._looking.release()
+    _fork_turn.release()
 
 
 def _after_fork_in_child() -> None:
     while _forking:
         _forking.pop()._begin()  # with a step of its own
+    _fork_turn.release()
 
 
 if hasattr(os, "register_at_fork"):
