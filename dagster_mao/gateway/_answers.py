@@ -62,6 +62,7 @@ _ANSWERS = sa.Table(
     sa.Column("value", sa.LargeBinary, nullable=False),  # the last one: whoever looks for keys does not read it
 )
 _COLUMNS = "id, key, record, told, value"
+_SCOPE = ("pipeline", "agent", "workflow_id")
 
 
 class Answer(NamedTuple):
@@ -88,8 +89,9 @@ class Answers:
     """The kept answers of one agent in one workflow, as one step sees and adds to them.
 
     `fingerprint` stands for all that makes an answer another one with the same inputs: the agent's version, configuration, model, contract.
-    An answer is known again for `keep` seconds, under the same key and fingerprint; with `fresh` none is. `about` is kept once, for whoever
-    logs the calls of this step if it is killed: JSON-able values.
+    An answer is known again for `keep` seconds, under the same key and fingerprint. With `fresh` only those are known that this attempt
+    itself was given: a fresh run that crashes does not pay twice either. `about` is kept once, for whoever logs the calls of this step if
+    it is killed: JSON-able values.
 
     To be used by one step: by its threads, and by the tasks of its event loop. A forked child that uses it counts as another step. Any
     method may raise `StoreError`.
@@ -109,9 +111,17 @@ class Answers:
         fresh: bool = False,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        self._shared, self._keep, self._fresh = shared, keep, fresh
-        self._of = {"pipeline": pipeline, "agent": agent, "workflow_id": workflow_id}
-        self._mine = {**self._of, "fingerprint": fingerprint, "attempt": attempt, "run_id": run_id, "about": json.dumps(dict(about or {}))}
+        self._shared, self._keep = shared, keep
+        self._mine = {
+            "pipeline": pipeline,
+            "agent": agent,
+            "workflow_id": workflow_id,
+            "fingerprint": fingerprint,
+            "attempt": attempt,
+            "run_id": run_id,
+            "about": json.dumps(dict(about or {})),
+        }
+        self._answering = ("fingerprint", "attempt") if fresh else ("fingerprint",)
         self._begin()
         with _fork_turn:
             _ALL.add(self)
@@ -135,12 +145,12 @@ class Answers:
     # -- what is known ---------------------------------------------------------------------------------------------------------------
 
     def known(self, keys: Sequence[str]) -> dict[str, Answer]:
-        """The answers kept under these keys; nothing with `fresh`. Of several, that of the step which began last."""
-        if self._fresh or not keys:
+        """The answers kept under these keys. Of several, that of the step which began last."""
+        if not keys:
             return {}
         with self._looking:
             with self._shared.reading() as connection:
-                steps = {row.id: (row.attempt, row.run_id) for row in connection.execute(self._steps(self._mine["fingerprint"]))}
+                steps = {row.id: (row.attempt, row.run_id) for row in connection.execute(self._steps(*self._answering))}
                 oldest = self._shared.now(connection) - self._keep
             if not steps:
                 return {}
@@ -162,9 +172,9 @@ class Answers:
                 rows = connection.execute(sa.select(*columns).where(_ANSWERS.c.id.in_(part))).all()
             yield from rows
 
-    def _steps(self, fingerprint: str | None = None) -> sa.Select[Any]:
-        of = self._of if fingerprint is None else {**self._of, "fingerprint": fingerprint}
-        return sa.select(_STEPS).where(*(_STEPS.c[name] == value for name, value in of.items())).order_by(_STEPS.c.id)
+    def _steps(self, *of: str) -> sa.Select[Any]:
+        """The steps of this agent and workflow, and with the same `of` besides."""
+        return sa.select(_STEPS).where(*(_STEPS.c[name] == self._mine[name] for name in (*_SCOPE, *of))).order_by(_STEPS.c.id)
 
     # -- keeping ---------------------------------------------------------------------------------------------------------------------
 
@@ -350,12 +360,12 @@ class Answers:
         try:
             self._forget()
         except StoreError as error:
-            _LOG.warning("agent %r: old answers could not be forgotten: %s", self._of["agent"], error)
+            _LOG.warning("agent %r: old answers could not be forgotten: %s", self._mine["agent"], error)
 
     def _forget(self) -> None:
         """Old answers of this agent, of all its workflows: in bites between which others write, and twice as many as it kept."""
         left = max(10 * _BITE, 2 * self._numbers)
-        agent = (_STEPS.c.pipeline == self._of["pipeline"]) & (_STEPS.c.agent == self._of["agent"])
+        agent = (_STEPS.c.pipeline == self._mine["pipeline"]) & (_STEPS.c.agent == self._mine["agent"])
         with self._shared.reading() as connection:
             oldest = self._shared.now(connection) - max(self._keep, _ALIVE)
             query = sa.select(_STEPS.c.id).where(agent, _STEPS.c.last < oldest).order_by(_STEPS.c.last).limit(1000)

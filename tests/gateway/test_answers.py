@@ -137,7 +137,10 @@ def commits(kept: Answers) -> Iterator[list[int]]:
     yield made
 
 
-@pytest.mark.parametrize("other", [{"fingerprint": "v2"}, {"workflow_id": "credit/2026-01-02"}, {"agent": "frauds"}, {"fresh": True}])
+FRESH = {"fresh": True, "attempt": "attempt-2"}
+
+
+@pytest.mark.parametrize("other", [{"fingerprint": "v2"}, {"workflow_id": "credit/2026-01-02"}, {"agent": "frauds"}, FRESH])
 def test_another_agent_version_or_a_fresh_run_is_not_answered(shared: SharedStore, other: dict[str, Any]) -> None:
     with answers(shared) as first:
         first.keep(key(1), "app-1", b"one", told())
@@ -148,8 +151,10 @@ def test_another_agent_version_or_a_fresh_run_is_not_answered(shared: SharedStor
 def test_what_a_fresh_run_was_answered_replaces_the_old_answer(shared: SharedStore) -> None:
     with answers(shared) as first:
         first.keep(key(1), "app-1", b"old", told())
-    with answers(shared, fresh=True) as fresh:
+    with answers(shared, **FRESH) as fresh:
         fresh.keep(key(1), "app-1", b"new", told())
+    with answers(shared, **FRESH, run_id="run-3") as again:
+        assert again.known([key(1)])[key(1)].value == b"new", "the same attempt goes on after a crash: what it paid for itself, it has"
     with answers(shared) as second:
         assert second.known([key(1)])[key(1)].value == b"new"
 
@@ -253,11 +258,11 @@ class Modelled(RuleBasedStateMachine):
         self.pipeline = uuid.uuid4().hex
         self.begun: list[dict[str, Any]] = []  # steps that have kept something, in this order
 
-    @rule(target=steps, fingerprint=st.sampled_from("ab"), fresh=st.booleans())
-    def begin(self, fingerprint: str, fresh: bool) -> Any:
+    @rule(target=steps, fingerprint=st.sampled_from("ab"), fresh=st.booleans(), attempt=st.sampled_from("xy"))
+    def begin(self, fingerprint: str, fresh: bool, attempt: str) -> Any:
         run_id = uuid.uuid4().hex
-        step = answers(self.shared, pipeline=self.pipeline, fingerprint=fingerprint, fresh=fresh, run_id=run_id)
-        return {"step": step, "run_id": run_id, "fingerprint": fingerprint, "fresh": fresh, "kept": [], "logged": 0, "handed": []}
+        of = {"run_id": run_id, "fingerprint": fingerprint, "fresh": fresh, "attempt": attempt}
+        return {"step": answers(self.shared, pipeline=self.pipeline, **of), **of, "kept": [], "logged": 0, "handed": []}
 
     @rule(one=steps, asked=st.lists(st.tuples(keys, st.binary(max_size=3), st.booleans()), min_size=1, max_size=4), together=st.booleans())
     def keep(self, one: Any, asked: Any, together: bool) -> None:
@@ -279,7 +284,9 @@ class Modelled(RuleBasedStateMachine):
     def look(self, one: Any, asked: set[str]) -> None:
         found = {k: (answer.value, answer.run_id) for k, answer in one["step"].known(sorted(asked)).items()}
         model = {}
-        for step in [] if one["fresh"] else self.begun:
+        for step in self.begun:
+            if one["fresh"] and step["attempt"] != one["attempt"]:
+                continue
             for k, value, said in step["kept"]:
                 if step["fingerprint"] == one["fingerprint"] and k in asked:
                     model[k] = (value, step["run_id"], said.started > time.time() - 7 * DAY)
