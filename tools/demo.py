@@ -126,7 +126,7 @@ def report(home: Path, defs: Any, day: str) -> None:
     rows = [(seal.version, seal.agent, seal.row_count, seal.digest[:12], f"{seal.latency_seconds:.2f}") for seal in newest.values()]
     title = f"Versions of credit/{day} sealed by this run, of {len(seals)} in all"
     console.print(as_table(title, ["version", "agent", "rows", "sha256", "seconds"], sorted(rows)))
-    console.print(as_table("Effects in the core bank", ["effect", "took effect", "DM", "asked for again"], bank.totals()))
+    console.print(as_table("Effects in the core bank", ["effect", "stands", "DM", "asked for again", "cancelled"], bank.totals()))
     console.print(f"State:   {shown(STATE)}\nHistory: {shown(home)}\nBank:    {shown(bank.path)}\n")
     nexts = {
         "make ui": "the same in Dagster, at http://localhost:3000",

@@ -41,7 +41,11 @@ def test_every_approval_has_its_effects_and_nothing_else_has(bank):
     approved = result["approval"].filter(outcome="approve")
     assert approved.height > 0
     amount = approved["credit_amount"].sum()
-    assert bank.totals() == [("inquiry", 40, 0, 0), ("reservation", approved.height, amount, 0), ("offer", approved.height, amount, 0)]
+    assert bank.totals() == [
+        ("inquiry", 40, 0, 0, 0),
+        ("reservation", approved.height, amount, 0, 0),
+        ("offer", approved.height, amount, 0, 0),
+    ]
 
 
 def test_a_second_attempt_asks_again_and_nothing_takes_effect_twice(bank, tmp_path):
@@ -49,7 +53,7 @@ def test_a_second_attempt_asks_again_and_nothing_takes_effect_twice(bank, tmp_pa
     for _ in range(2):
         decide(SHIPPED.read().head(10), bank, store=store, workflow="2026-01-01")
     assert len(store.seals("credit/2026-01-01")) == 12
-    assert all(taken == repeated for _, taken, _, repeated in bank.totals())
+    assert all(taken == repeated for _, taken, _, repeated, _ in bank.totals())
 
 
 def test_no_agent_is_handed_a_protected_attribute():
