@@ -32,10 +32,7 @@ def changes_of(pipeline: Pipeline, overrides: Mapping[str, Mapping[str, Any]]) -
 
 def in_force(policy: Policy | None, changes: Mapping[str, Mapping[str, Any]], agent: str) -> Policy:
     """An agent's policy with the changes for all, then its own. Raises `WiringError` when they make none."""
-    policy = policy or UNKEPT
-    for changed in (changes.get(EVERY), changes.get(agent)):
-        policy = policy.overridden(changed, agent=agent) if changed else policy
-    return policy
+    return (policy or UNKEPT).overridden(changes.get(EVERY), changes.get(agent), agent=agent)
 
 
 def _own(pipeline: Pipeline, name: str) -> str | None:

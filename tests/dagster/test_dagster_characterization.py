@@ -245,3 +245,71 @@ def test_with_a_policy_of_one_partition_a_run_it_makes_ranges_of_one_and_the_che
     """The naive way of asking for a run per partition: the UI then shows the checks of each partition as skipped."""
     told = [(run.partition_key, checked, made) for run, checked, made in backfilled(dg.BackfillPolicy.multi_run())]
     assert sorted(told, key=str) == [(None, [None], day) for day in DAYS.get_partition_keys()]
+
+
+def test_a_check_that_has_no_partitions_is_told_by_steps_and_without_a_run_and_the_last_to_tell_counts():
+    """The check `breaker` of a partitioned asset: by whichever partition's step, and by the sensor."""
+    key = dg.AssetCheckKey(dg.AssetKey("a"), "breaker")
+
+    @dg.asset(partitions_def=DAYS, check_specs=[dg.AssetCheckSpec("breaker", asset="a", blocking=True)])
+    def a():
+        yield dg.AssetCheckResult(passed=True, check_name="breaker")
+        yield dg.MaterializeResult()
+
+    def latest() -> tuple[bool, str | None]:
+        record = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[key]
+        evaluation = record.event.dagster_event.event_specific_data
+        return evaluation.passed, evaluation.partition
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert dg.materialize([a], instance=instance, partition_key="monday").success
+        assert latest() == (True, None)
+        instance.report_runless_asset_event(dg.AssetCheckEvaluation(asset_key=key.asset_key, check_name=key.name, passed=False))
+        assert latest() == (False, None)
+        # Its being blocking concerns the run that tells it: another run is not held up.
+        assert dg.materialize([a], instance=instance, partition_key="tuesday").success
+        assert latest() == (True, None)
+
+
+def test_a_null_in_a_mapping_of_anything_is_a_defect_unless_values_may_be_null():
+    """Why the values of `PolicyOverrides.overrides` are declared optional: `breaker: null` is an override."""
+
+    def given(values: Any) -> Any:
+        class Resource(dg.ConfigurableResource):
+            overrides: values = {}
+
+        @dg.asset(required_resource_keys={"it"})
+        def a(context):
+            return context.resources.it.overrides
+
+        config = {"resources": {"it": {"config": {"overrides": {"agent": {"breaker": None}}}}}}
+        return dg.materialize([a], resources={"it": Resource()}, run_config=config).output_for_node("a")
+
+    assert given(dict[str, dict[str, Any | None]]) == {"agent": {"breaker": None}}
+    with pytest.raises(Exception, match="Null map member not caught"):
+        given(dict[str, dict[str, Any]])
+
+
+def test_a_sensor_may_report_and_say_why_it_asked_for_no_run():
+    result = dg.SensorResult(
+        asset_events=[dg.AssetCheckEvaluation(asset_key=dg.AssetKey("a"), check_name="c", passed=True)], skip_reason="told", cursor="1"
+    )
+    sensor = dg.SensorDefinition(name="s", evaluation_fn=lambda context: result)
+    with dg.DagsterInstance.ephemeral() as instance, dg.build_sensor_context(instance=instance) as context:
+        ticked = sensor.evaluate_tick(context)
+    assert (len(ticked.asset_events), ticked.skip_message, ticked.cursor) == (1, "told", "1")
+
+
+def test_two_assets_cannot_bring_a_default_for_a_resource_that_the_definitions_give():
+    """Why the resource `policies` is required, and not defaulted by each asset."""
+
+    class Resource(dg.ConfigurableResource):
+        pass
+
+    def with_default(name: str) -> dg.AssetsDefinition:
+        return dg.asset(name=name, resource_defs={"it": Resource().get_resource_definition()})(lambda: None)
+
+    with pytest.raises(dg.DagsterInvalidDefinitionError, match="Conflicting versions"):
+        dg.Definitions([with_default("a"), with_default("b")]).resolve_implicit_global_asset_job_def()
+    with pytest.raises(dg.DagsterInvalidInvocationError, match="conflicting resource"):
+        dg.Definitions([with_default("a")], resources={"it": Resource()}).resolve_implicit_global_asset_job_def()

@@ -99,3 +99,16 @@ def test_a_sink_writes_the_same_bytes_for_the_same_rows(tmp_path: Path) -> None:
     for name in ("one", "other"):
         frame.sink_parquet(tmp_path / name, compression="zstd", row_group_size=122_880)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_a_file_that_is_added_again_is_listed_once(tmp_path: Path) -> None:
+    """Why files of calls are called after their bytes: a commit whose acknowledgement was lost is made again."""
+    path = str(tmp_path / "table")
+    DeltaTable.create(path, schema=DeltaSchema.from_arrow(pl.Schema({"n": pl.Int64})), configuration={"delta.checkpointInterval": "2"})
+    pl.DataFrame({"n": [1, 2]}).write_parquet(f"{path}/a.parquet")
+    add = AddAction("a.parquet", (tmp_path / "table" / "a.parquet").stat().st_size, {}, 0, True, '{"numRecords": 2}')
+    for _ in range(5):
+        handle = DeltaTable(path)
+        handle.create_write_transaction([add], "append", handle.schema())
+        assert _rows(path) == [1, 2]
+    assert DeltaTable(path).version() == 5
