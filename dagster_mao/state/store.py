@@ -12,7 +12,7 @@ from urllib.parse import quote
 import polars as pl
 from deltalake import DeltaTable
 
-from dagster_mao.errors import PinError, TamperedError, UnknownVersionError
+from dagster_mao.errors import PinError, TamperedError, UnknownVersionError, WiringError
 from dagster_mao.state import snapshots
 from dagster_mao.state.attempt import Attempt, Pins, effective, next_seal
 from dagster_mao.state.calls import CALLS_SUFFIX, CallsTable
@@ -32,14 +32,28 @@ class StateStore:
     touches nothing; reading never creates anything. Raises `StoreError` when the root cannot be a store.
 
     `database` is the URL of the SQL database, or the path of the SQLite file, through which processes share what they must agree on at
-    once; by default `shared.db` in a local root. None with an object store and no URL: then nothing can be shared.
+    once; by default `shared.db` in a local root. None with an object store and no URL: then nothing can be shared. An object store is
+    there for many hosts, and an SQLite file for one: together they are a `WiringError`, unless `single_host` says that there is but one.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], storage_options: Mapping[str, str] | None = None, *, database: str | None = None
+        self,
+        root: str | os.PathLike[str],
+        storage_options: Mapping[str, str] | None = None,
+        *,
+        database: str | None = None,
+        single_host: bool = False,
     ) -> None:
         self.objects = Objects(root, storage_options)
         self.database = database or (str(self.objects.local / _DATABASE) if self.objects.local is not None else None)
+        if self.objects.local is None and self.database and _is_sqlite(self.database) and not single_host:
+            raise WiringError(
+                f"The state lies in {self.root}, for any host, and the shared database is an SQLite file, which other hosts do not see: "
+                "their breakers, limits and kept answers would be their own",
+                field="database",
+                fix="name a PostgreSQL that all hosts reach, `postgresql://user@host/database`; or, if all runs are on one host, say "
+                "`single_host=True`",
+            )
         self._log = StateLog(self.objects)
 
     @property
@@ -281,3 +295,8 @@ def _of_nobody(seen: Sequence[Seal], kind: Kind, attempt: str, run_id: str, **ro
     own = {"kind": kind, "attempt": attempt, "run_id": run_id, "base": last.version, "now": now, "sealed_at": now}
     known = {"workflow_id": last.workflow_id, "pipeline": last.pipeline, "library_version": last.library_version}
     return next_seal(seen, {**_BLANK, **known, **own, **row})
+
+
+def _is_sqlite(database: str) -> bool:
+    scheme, separator, _ = database.partition("://")
+    return not separator or scheme.partition("+")[0] == "sqlite"
