@@ -89,6 +89,11 @@ class Attempt:
         return self._pins.base
 
     @property
+    def epoch(self) -> int:
+        """How often the workflow had been fenced when this step joined."""
+        return sum(seal.kind == "fence" for seal in self._seen)
+
+    @property
     def now(self) -> dt.datetime:
         return self._pins.now
 
@@ -269,6 +274,15 @@ def effective(seals: Sequence[Seal]) -> dict[str, Seal]:
         if attempt.keys() >= set(seal.plan):
             state.update(attempt)
     return state
+
+
+def is_completed(seals: Sequence[Seal], attempt: str) -> bool:
+    """Whether the attempt sealed all that it set out to seal, and was not fenced."""
+    own = [seal for seal in seals if seal.attempt == attempt]
+    if any(seal.kind == "fence" for seal in own):
+        return False
+    sealed = {seal.agent for seal in own if seal.kind in _OUTPUTS}
+    return bool(sealed) and sealed >= set(own[0].plan)
 
 
 def next_seal(seen: Sequence[Seal], row: Mapping[str, Any]) -> Seal:

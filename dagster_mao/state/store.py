@@ -6,6 +6,7 @@ import datetime as dt
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version as library_version
 from typing import Any
 from urllib.parse import quote
 
@@ -14,7 +15,7 @@ from deltalake import DeltaTable
 
 from dagster_mao.errors import PinError, TamperedError, UnknownVersionError, WiringError
 from dagster_mao.state import snapshots
-from dagster_mao.state.attempt import Attempt, Pins, effective, next_seal
+from dagster_mao.state.attempt import Attempt, Pins, effective, is_completed, next_seal
 from dagster_mao.state.calls import CALLS_SUFFIX, CallsTable
 from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects, safe_name
@@ -268,16 +269,55 @@ class StateStore:
 
     def fence(self, workflow_id: str, *, attempt: str, run_id: str) -> Seal:
         """Ends an attempt: its seals leave the effective state, and nothing that pinned before the fence can be sealed any more."""
+        seal = self._fence(workflow_id, attempt, run_id, None)
+        assert seal is not None
+        return seal
+
+    def fence_incomplete(self, workflow_id: str, *, pipeline: str, attempt: str, run_id: str) -> Seal | None:
+        """As `fence`, once per attempt, and not if it has completed: then None, and nothing is changed. Which was first, the log decides.
+
+        An attempt that died before anything was sealed for its workflow is fenced too, by version 0.
+        """
+        return self._fence(workflow_id, attempt, run_id, pipeline)
+
+    def _fence(self, workflow_id: str, attempt: str, run_id: str, pipeline: str | None) -> Seal | None:
+        """With a `pipeline`: an attempt is fenced once, a completed one never, and an empty workflow is begun."""
 
         def make(seen: Sequence[Seal]) -> Seal:
-            if not seen:
+            if not seen and pipeline is None:
                 raise UnknownVersionError("Nothing was sealed for this workflow", workflow=workflow_id)
             for seal in seen:
-                if seal.kind == "fence" and seal.attempt == attempt and seal.run_id == run_id:
+                if seal.kind == "fence" and seal.attempt == attempt and (pipeline is not None or seal.run_id == run_id):
                     return seal
+            if pipeline is not None and is_completed(seen, attempt):
+                raise _CompletedError
+            if not seen:
+                return _of_nobody(seen, "fence", attempt, run_id, workflow_id=workflow_id, pipeline=pipeline)
             return _of_nobody(seen, "fence", attempt, run_id)
 
+        try:
+            return self._log.append(workflow_id, self.seals(workflow_id), make)
+        except _CompletedError:
+            return None
+
+    def compensated(self, workflow_id: str, *, fence: Seal) -> Seal:
+        """Records that what the attempt that `fence` ended had done was undone, as a version of the workflow, once.
+
+        Its parents are the fence and, agent by agent, the versions that are effective now.
+        """
+
+        def make(seen: Sequence[Seal]) -> Seal:
+            for seal in seen:
+                if seal.kind == "compensated" and seal.attempt == fence.attempt:
+                    return seal
+            parents = [fence.as_parent, *(seal.as_parent for seal in effective(seen).values())]
+            return _of_nobody(seen, "compensated", fence.attempt, fence.run_id, parents=parents)
+
         return self._log.append(workflow_id, self.seals(workflow_id), make)
+
+
+class _CompletedError(Exception):
+    """The attempt completed before it could be fenced."""
 
 
 _BLANK: dict[str, Any] = {
@@ -290,10 +330,12 @@ _BLANK: dict[str, Any] = {
 
 
 def _of_nobody(seen: Sequence[Seal], kind: Kind, attempt: str, run_id: str, **row: Any) -> Seal:
-    """The next version, made by no agent."""
-    last, now = seen[-1], dt.datetime.now(dt.timezone.utc)
-    own = {"kind": kind, "attempt": attempt, "run_id": run_id, "base": last.version, "now": now, "sealed_at": now}
-    known = {"workflow_id": last.workflow_id, "pipeline": last.pipeline, "library_version": last.library_version}
+    """The next version, made by no agent. The first one of a workflow needs `workflow_id` and `pipeline`."""
+    now = dt.datetime.now(dt.timezone.utc)
+    own = {"kind": kind, "attempt": attempt, "run_id": run_id, "base": len(seen) - 1, "now": now, "sealed_at": now}
+    known = {"library_version": library_version("dagster-mao")}
+    if seen:
+        known |= {"workflow_id": seen[-1].workflow_id, "pipeline": seen[-1].pipeline}
     return next_seal(seen, {**_BLANK, **known, **own, **row})
 
 
