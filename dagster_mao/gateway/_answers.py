@@ -145,13 +145,14 @@ class Answers:
     # -- what is known ---------------------------------------------------------------------------------------------------------------
 
     def known(self, keys: Sequence[str]) -> dict[str, Answer]:
-        """The answers kept under these keys. Of several, that of the step which began last."""
+        """The answers that other steps kept under these keys. Of several, that of the step which began last."""
         if not keys:
             return {}
         with self._looking:
             with self._shared.reading() as connection:
-                steps = {row.id: (row.attempt, row.run_id) for row in connection.execute(self._steps(*self._answering))}
+                rows = connection.execute(self._steps(*self._answering)).all()
                 oldest = self._shared.now(connection) - self._keep
+            steps = {row.id: (row.attempt, row.run_id) for row in rows if row.id != self._step}
             if not steps:
                 return {}
             self._index = self._index or _Index(self._shared)
