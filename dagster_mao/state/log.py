@@ -8,8 +8,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import polars as pl
 from deltalake import CommitProperties, DeltaTable, Transaction
@@ -98,6 +98,7 @@ _TRIES = 1000
 _UNREADABLE = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)  # polars panics on a file that is cut off
 
 logger = logging.getLogger("dagster_mao.state")
+T = TypeVar("T")
 
 
 class StateLog:
@@ -122,17 +123,22 @@ class StateLog:
 
     def seals(self, workflow_id: str, table: DeltaTable | None = None) -> list[Seal]:
         """The workflow's seals by version, at the version of the handle (opened now when none is given)."""
-        for last in (False, False, True):
-            table = table or self.open()
-            try:
-                rows = self._files(table, workflow_id).filter(pl.col("workflow_id") == workflow_id).sort("version").collect()
-                return [Seal.model_validate(row) for row in rows.iter_rows(named=True)]
-            except _UNREADABLE as error:
-                # Compaction and vacuum may take a file away under an old handle.
-                if last:
-                    raise self._unreadable(error) from error
-                table = None
-        return []
+        return self.seals_of([workflow_id], table)[workflow_id]
+
+    def seals_of(self, workflows: Collection[str], table: DeltaTable | None = None) -> dict[str, list[Seal]]:
+        """The same of several workflows, in one read."""
+        handles = [table] if table else []
+
+        def read() -> dict[str, list[Seal]]:
+            chosen = _within(workflows) & pl.col("workflow_id").is_in(sorted(workflows))
+            # Compaction and vacuum may have taken a file away under an old handle.
+            rows = self._files(handles.pop() if handles else self.open(), workflows).filter(chosen).sort("version").collect()
+            found: dict[str, list[Seal]] = {workflow: [] for workflow in workflows}
+            for row in rows.iter_rows(named=True):
+                found[row["workflow_id"]].append(Seal.model_validate(row))
+            return found
+
+        return self._again(read)
 
     def since(self, cursor: str) -> tuple[pl.LazyFrame, str]:
         """The rows that were committed after the cursor was taken, and the cursor of now; all rows, for "" or another log's cursor.
@@ -153,17 +159,34 @@ class StateLog:
         new = (pl.col(_LANDED) > read.version).fill_null(True)
         return self._rows(urls, landed=True).filter(new).select(SCHEMA.names()), now.text()
 
-    def brief(self, pipeline: str, *, cursor: str = "", workflows: Iterable[str] | None = None) -> tuple[pl.DataFrame, str]:
+    def brief(self, pipeline: str, workflows: Collection[str] | None = None) -> pl.DataFrame:
+        """The columns `BRIEF` of a pipeline's rows, all or those of some workflows."""
+
+        def read() -> pl.DataFrame:
+            rows = self._files(self.open(), workflows).filter(_within(workflows), pl.col("pipeline") == pipeline)
+            return rows.select(BRIEF).collect()
+
+        if workflows is None:
+            return self._again(read)
+        # To compare with many names costs more while the rows are read.
+        return self._again(read).filter(pl.col("workflow_id").is_in(sorted(workflows)))
+
+    def brief_since(self, pipeline: str, cursor: str) -> tuple[pl.DataFrame, str]:
         """The columns `BRIEF` of a pipeline's rows since the cursor, and the cursor of now."""
-        chosen = pl.col("pipeline") == pipeline
-        if workflows is not None:
-            chosen &= pl.col("workflow_id").is_in(sorted(workflows))
+
+        def read() -> tuple[pl.DataFrame, str]:
+            rows, now = self.since(cursor)
+            return rows.filter(pl.col("pipeline") == pipeline).select(BRIEF).collect(), now
+
+        return self._again(read)
+
+    def _again(self, read: Callable[[], T]) -> T:
+        """What is read by a handle of its own; up to three times, as compaction and vacuum may take a file away under it."""
         for last in (False, False, True):
             try:
-                rows, now = self.since(cursor)
-                return rows.filter(chosen).select(BRIEF).sort("workflow_id", "version").collect(), now
+                return read()
             except _UNREADABLE as error:
-                if last:  # as in `seals`
+                if last:
                     raise self._unreadable(error) from error
         raise AssertionError
 
@@ -185,17 +208,18 @@ class StateLog:
         version = None if table is None else table.transaction_version(workflow_id)
         return -1 if version is None else version
 
-    def _files(self, table: DeltaTable | None, workflow_id: str | None = None) -> pl.LazyFrame:
-        """Rows at the version of the handle: all, or at least the workflow's, from the files whose statistics allow it.
+    def _files(self, table: DeltaTable | None, workflows: Collection[str] | None = None) -> pl.LazyFrame:
+        """Rows at the version of the handle: all, or at least those of some workflows, from the files whose statistics allow it.
 
         A general Delta reader does more first, for partitions and deletes that this table does not have.
         """
         if table is None:
             return pl.LazyFrame(schema=SCHEMA)
         files = pl.DataFrame(table.get_add_actions(flatten=True)) if table.file_uris() else pl.DataFrame(schema={"path": pl.String})
-        if workflow_id is not None and "min.workflow_id" in files.columns:
-            outside = (pl.col("min.workflow_id") > workflow_id) | (pl.col("max.workflow_id") < workflow_id)
-            files = files.filter(~outside.fill_null(False))
+        if workflows is not None and "min.workflow_id" in files.columns:
+            wanted = pl.Series(sorted(workflows), dtype=pl.String)
+            first, beyond = wanted.search_sorted(files["min.workflow_id"], "left"), wanted.search_sorted(files["max.workflow_id"], "right")
+            files = files.filter((first < beyond) | files["min.workflow_id"].is_null())
         if files.is_empty():
             return pl.LazyFrame(schema=SCHEMA)
         return self._rows([f"{self.uri}/{path}" for path in files["path"]])
@@ -343,6 +367,13 @@ class _Cursor(NamedTuple):
 
 
 _BEGINNING = _Cursor("", -1, frozenset())
+
+
+def _within(workflows: Collection[str] | None) -> pl.Expr:
+    """Rows that may be of these workflows: what statistics can tell."""
+    if workflows is None:
+        return pl.lit(True)
+    return pl.col("workflow_id").is_between(pl.lit(min(workflows)), pl.lit(max(workflows))) if workflows else pl.lit(False)
 
 
 def _file_names(table: DeltaTable) -> list[str]:

@@ -80,11 +80,11 @@ class StateStore:
         however late it was committed and whatever clocks said; one may come again. A cursor that is lost, or another store's, costs time
         only. Raises `StoreError`.
         """
-        return self._log.brief(pipeline, cursor=cursor)
+        return self._log.brief_since(pipeline, cursor)
 
     def sealed(self, pipeline: str, workflows: Iterable[str] | None = None) -> pl.DataFrame:
-        """All seals of a pipeline, or those of some of its workflows, by workflow and version. Columns: `BRIEF`. Raises `StoreError`."""
-        return self._log.brief(pipeline, workflows=workflows)[0]
+        """The seals of a pipeline, all or those of some workflows, in no order. Columns: `BRIEF`. Raises `StoreError`."""
+        return self._log.brief(pipeline, None if workflows is None else frozenset(workflows))
 
     def workflows(self, pipeline: str | None = None) -> list[str]:
         """Ids of the workflows that have been sealed, sorted."""

@@ -194,3 +194,19 @@ def test_a_file_that_a_vacuum_took_from_under_the_look_is_no_error(local_store: 
 
     monkeypatch.setattr(StateLog, "_rows", late)
     assert local_store.sealed_since("", "credit")[0].height == 10
+
+
+def test_some_workflows_are_found_in_whichever_files_they_lie(local_store: StateStore) -> None:
+    assert local_store.sealed("credit", []).is_empty()
+    for number in range(23):  # two merged files and some single ones
+        seal(local_store, join(local_store, f"run-{number}", key=f"day-{number % 12}"), "applications", number)
+    asked = ["credit/day-0", "credit/day-11", "credit/day-3", "credit/day-30", "credit/a", "credit/z"]
+    found = local_store.sealed("credit", asked).sort("workflow_id", "version").select("workflow_id", "version").rows()
+    assert found == [
+        *[("credit/day-0", 0), ("credit/day-0", 1), ("credit/day-11", 0)],
+        *[("credit/day-3", 0), ("credit/day-3", 1)],
+    ]
+    held = local_store._log.seals_of(asked)
+    assert {name: len(seals) for name, seals in held.items()} == {name: found.count((name, 0)) + found.count((name, 1)) for name in asked}
+    assert local_store.sealed("credit").height == 23
+    assert local_store.sealed("other").is_empty()
