@@ -34,7 +34,7 @@ class LLM(dg.ConfigurableResource[Any]):
     `mao.MalformedAnswerError` when the answers kept breaking the contract.
     """
 
-    model_config = ConfigDict(hide_input_in_errors=True)
+    model_config = ConfigDict(hide_input_in_errors=True, extra="forbid")
 
     model: str = Field(default="", description="The model to ask where the agent declares none.")
     base_url: str = Field(default=OPENAI, description="The endpoint, up to before `/chat/completions`.")

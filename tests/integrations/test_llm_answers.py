@@ -7,6 +7,7 @@ import datetime as dt
 import json
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,6 +66,14 @@ def test_one_resource_serves_one_loop_after_the_other(server):
     for _ in range(3):
         assert [one.article_id for one in asyncio.run(together())] == ["a0", "a1", "a2", "a3"]
     assert not llm._live()._clients
+
+
+def test_threads_share_one_resource(server):
+    server.otherwise = lambda _: answer(GOOD)
+    llm = llm_at(server)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda article: llm.ask_sync(Summary, PROMPT, article), ARTICLES * 8))
+    assert [one.article_id for one in made] == [article.article_id for article in ARTICLES] * 8
 
 
 # -- what the model may say --------------------------------------------------------------------------------------------------------------
@@ -388,6 +397,12 @@ def test_what_cannot_work_is_refused_when_it_is_written(settings, what):
     with pytest.raises(mao.WiringError, match=what) as refused:
         mao.LLM(**settings)
     assert "sk-x" not in str(refused.value)
+
+
+def test_a_misspelled_setting_is_refused_without_showing_values():
+    with pytest.raises(ValidationError, match="modle\n  Extra inputs are not permitted") as refused:
+        mao.LLM(modle="m", api_key=KEY)
+    assert KEY not in str(refused.value)
 
 
 def test_which_model_must_be_said_somewhere(server):
