@@ -47,6 +47,7 @@ _STEPS = sa.Table(
     sa.Column("about", sa.Text, nullable=False),  # what else the call log says of the step's calls, as JSON
     sa.Column("logged", sa.BigInteger, nullable=False),  # its answers up to this number are in the calls table
     sa.Column("last", sa.Double, nullable=False),  # when it last kept something, to the second
+    sa.Column("until", sa.Double, nullable=False),  # when anybody may forget it: its agent may be gone
     sa.Index("mao_answer_steps_of", "pipeline", "agent", "workflow_id"),
     sqlite_autoincrement=True,  # an id is never given twice: a late step must not write into another's
 )
@@ -275,12 +276,13 @@ class Answers:
     def _write_durably(self, rows: list[_Numbered]) -> None:
         with self._shared.transaction() as connection:
             now = self._shared.now(connection)
+            until = now + max(self._keep, _ALIVE)
             step = self._step
             if step is not None:
-                touched = connection.execute(sa.update(_STEPS).where(_STEPS.c.id == step).values(last=now))
+                touched = connection.execute(sa.update(_STEPS).where(_STEPS.c.id == step).values(last=now, until=until))
                 step = step if touched.rowcount else None  # it was silent for so long that it is forgotten
             if step is None:
-                step = connection.scalar(sa.insert(_STEPS).values(**self._mine, logged=0, last=now).returning(_STEPS.c.id))
+                step = connection.scalar(sa.insert(_STEPS).values(**self._mine, logged=0, last=now, until=until).returning(_STEPS.c.id))
             if rows:
                 mark = "?" if connection.dialect.name == "sqlite" else "%s"
                 insert = f"INSERT INTO mao_answers ({_COLUMNS}) VALUES ({', '.join([mark] * 5)}) ON CONFLICT DO NOTHING"  # noqa: S608
@@ -364,13 +366,13 @@ class Answers:
             _LOG.warning("agent %r: old answers could not be forgotten: %s", self._mine["agent"], error)
 
     def _forget(self) -> None:
-        """Old answers of this agent, of all its workflows: in bites between which others write, and twice as many as it kept."""
+        """What is too old: of this agent by its `keep`, of others by their own. In bites between which others write, twice what it kept."""
         left = max(10 * _BITE, 2 * self._numbers)
         agent = (_STEPS.c.pipeline == self._mine["pipeline"]) & (_STEPS.c.agent == self._mine["agent"])
         with self._shared.reading() as connection:
-            oldest = self._shared.now(connection) - max(self._keep, _ALIVE)
-            query = sa.select(_STEPS.c.id).where(agent, _STEPS.c.last < oldest).order_by(_STEPS.c.last).limit(1000)
-            steps = list(connection.scalars(query))
+            now = self._shared.now(connection)
+            old = (_STEPS.c.until < now) | (agent & (_STEPS.c.last < now - max(self._keep, _ALIVE)))
+            steps = list(connection.scalars(sa.select(_STEPS.c.id).where(old).order_by(_STEPS.c.last).limit(1000)))
         for step in steps:
             within = _ANSWERS.c.id.between(step * _NUMBERS, (step + 1) * _NUMBERS - 1)
             bite = sa.delete(_ANSWERS).where(_ANSWERS.c.id.in_(sa.select(_ANSWERS.c.id).where(within).limit(_BITE)))
@@ -380,7 +382,7 @@ class Answers:
                     forgotten = connection.execute(bite).rowcount
                     if forgotten < _BITE:
                         # Unless it has come back to life meanwhile.
-                        connection.execute(sa.delete(_STEPS).where(_STEPS.c.id == step, _STEPS.c.last < oldest))
+                        connection.execute(sa.delete(_STEPS).where(_STEPS.c.id == step, old))
                 left -= forgotten + 1
                 if forgotten < _BITE:
                     break
