@@ -157,7 +157,7 @@ class LLM(dg.ConfigurableResource[Any]):
             body, digest = conversation.body, digest_of(conversation.body)
             reply = frozen.find(contract.__name__, digest) if frozen else None
             if reply is not None:
-                usage(model=reply.model)  # nothing was used
+                usage(model=reply.model, input_tokens=0, output_tokens=0)  # nothing was used, which is known
             elif frozen and not self.record:
                 raise frozen.missing(contract.__name__, digest)
             else:

@@ -47,5 +47,10 @@ def summary_sync(articles: Article, *, llm: mao.LLM) -> Summary:
     return llm.ask_sync(Summary, PROMPT, articles)
 
 
+@mao.agent(name="summary", model="gpt-4o-mini", policy=mao.Policy(timeout=60, isolate=True))
+def summary_isolated(articles: Article, *, llm: mao.LLM) -> Summary:
+    return llm.ask_sync(Summary, PROMPT, articles)
+
+
 def pipeline(agent: mao.Agent = summary) -> mao.Pipeline:
     return mao.Pipeline("press", entry=articles, agents=[agent])

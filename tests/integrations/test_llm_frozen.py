@@ -148,7 +148,7 @@ def test_nothing_was_used_for_a_frozen_answer(server, tmp_path, monkeypatch):
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(llm_module, "usage", lambda **used: told.append(used))
     frozen(tmp_path, input_price=1.0).ask_sync(Summary, PROMPT, ARTICLE)
-    assert told == [{"model": f"{MODEL}-2026"}]
+    assert told == [{"model": f"{MODEL}-2026", "input_tokens": 0, "output_tokens": 0}]
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"answer": 1}', '{"answer": {}}', "[]"])
