@@ -6,7 +6,7 @@ a `Pipeline` wires them, `run` runs one without Dagster. The names of the Dagste
 
 from typing import TYPE_CHECKING, Any
 
-from dagster_mao.agent import Agent, AgentContext, Quarantine, agent
+from dagster_mao.agent import Agent, AgentContext, MicroBatch, Quarantine, agent
 from dagster_mao.contract import DataFrame, FromFallback, Key, LazyFrame, Personal
 from dagster_mao.errors import (
     AgentCallError,
@@ -69,6 +69,7 @@ __all__ = [
     "LazyFrame",
     "MalformedAnswerError",
     "MaoError",
+    "MicroBatch",
     "Personal",
     "PinError",
     "Pipeline",

@@ -7,15 +7,17 @@ import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel
 
-from dagster_mao.agent import NAME, Agent, Input, Quarantine, Shape
+from dagster_mao.agent import NAME, Agent, Input, MicroBatch, Quarantine, Shape
 from dagster_mao.contract import Contract, compare, unmarked_personal
 from dagster_mao.errors import MaoError, WiringError
 from dagster_mao.gateway import Policy, parse_rate
 from dagster_mao.state import CALLS_SUFFIX, DEFERRED_SUFFIX, QUARANTINE_SUFFIX
+
+Mode = Literal["orchestration", "choreography", "hybrid"]
 
 
 class ExternalEntry(Agent):
@@ -69,16 +71,27 @@ class Pipeline:
 
     The entry is an agent in every case and comes first in `agents` and `order`, which are topological and otherwise as given.
 
+    `mode` says who starts the agents. "orchestration": a run that covers them. "choreography": each starts by itself when all that it reads
+    of a workflow is sealed, up to `micro_batch` workflows in one run (an agent's own `micro_batch` comes first). "hybrid": the same, and an
+    attempt counts only once all agents have sealed it, and is undone where one fails.
+
+    `listens` takes the place of the entry where agents of the same pipeline run in another code location: what is sealed there, by agent,
+    and the contract that it is expected to keep. With `inbox`, single events that were submitted are cut into workflows of so many.
+
     Raises WiringError naming agent, field and fix: missing upstream, cycle, duplicate, unreachable agent, contracts that contradict, keys
-    that cannot be joined, a read that no parameter declares.
+    that cannot be joined, a read that no parameter declares, side effects in plain choreography, an inbox whose entry sets nothing aside.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        entry: Any,
+        entry: Any = None,
         agents: Sequence[Agent | type[Agent]] = (),
+        mode: Mode = "orchestration",
+        listens: Mapping[str, type[BaseModel] | Contract[Any]] | None = None,
+        micro_batch: MicroBatch | None = None,
+        inbox: MicroBatch | None = None,
         description: str | None = None,
         partitions_def: Any = None,
         owners: Sequence[str] = (),
@@ -88,21 +101,40 @@ class Pipeline:
             raise WiringError(f"{name!r} is no name of a pipeline", field="name", fix="use small letters, digits and _, a letter first")
         self.name, self.description, self.partitions_def = name, description, partitions_def
         self.owners, self.tags = tuple(owners), dict(tags or {})
+        self.mode, self.micro_batch, self.inbox = mode, micro_batch or MicroBatch(), inbox
         given = [_instance(a) for a in agents]
+        self._listened = {agent: ExternalEntry([name, str(agent)], contract) for agent, contract in (listens or {}).items()}
+        self._check_mode(entry)
         entry = _instance(entry) if isinstance(entry, type) else entry
-        self.entry: Agent = entry if isinstance(entry, Agent) else self._external(entry, given)
-        self.entry_name = self.entry.name
-        self._declared = self._by_name([self.entry, *(a for a in given if a is not self.entry)])
+        self._entry = entry if isinstance(entry, Agent) or self._listened else self._external(entry, given)
+        self.entry_name = self._entry.name if self._entry is not None else ""
+        first = [self._entry] if self._entry is not None else list(self._listened.values())
+        self._declared = self._by_name([*first, *(a for a in given if a is not self._entry)])
         self._check_names()
         self._check_sources()
-        self.agents: dict[str, Agent] = {a: self._declared[a] for a in self._sorted()}
+        self.agents: dict[str, Agent] = {a: self._declared[a] for a in self._sorted() if a not in self._listened}
         for reader in self.agents.values():
             self._check_contracts(reader)
             self._check_keys(reader)
         self._check_policies()
+        self._check_effects()
+        if inbox is not None:
+            self.check_inbox()
 
     def __repr__(self) -> str:
         return f"<pipeline {self.name}: {' '.join(self.order)}>"
+
+    @property
+    def entry(self) -> Agent:
+        """Who brings the batch in. WiringError for a pipeline that listens to another code location, where the entry is."""
+        if self._entry is None:
+            self._wrong("has no entry here: it listens to agents that are run elsewhere", None, "entry", "ask where the entry is")
+        return self._entry
+
+    @property
+    def listens(self) -> dict[str, Contract[Any]]:
+        """By name, what the agents that are run elsewhere are expected to promise."""
+        return {name: listened.output for name, listened in self._listened.items()}
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -137,7 +169,46 @@ class Pipeline:
         """The pipeline as `dg.Definitions`: assets, checks, job, schedule, resources. Imports Dagster."""
         return importlib.import_module("dagster_mao.dagster").build_definitions(self, **overrides)
 
+    def check_inbox(self) -> None:
+        """Raises WiringError unless the entry can take single events: known by a key, and a bad one set aside without its neighbours."""
+        entry, field = self.entry, "inbox"
+        if entry.output.key is None:
+            fix = f"mark a field of {entry.output.name} with mao.Key"
+            self._wrong(f"has an inbox, and its entry {entry.name!r} has no key to know an event by", entry.name, field, fix)
+        if entry.quarantine is None or entry.quarantine.max_share < 1:
+            fix = "declare quarantine=mao.Quarantine(max_share=1) on the entry"
+            self._wrong(f"has an inbox, and a bad event would hold up the others at its entry {entry.name!r}", entry.name, field, fix)
+
     # -- wiring ----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _first(self) -> str:
+        return self.entry_name or next(iter(self._listened))
+
+    def _check_mode(self, entry: Any) -> None:
+        if self.mode not in get_args(Mode):
+            self._wrong(f"has the mode {self.mode!r}", None, "mode", f"it is one of {', '.join(get_args(Mode))}")
+        if self._listened and self.mode == "orchestration":
+            self._wrong("listens to other code locations, which orchestration cannot", None, "listens", 'mode="choreography" or "hybrid"')
+        if self._listened and entry is not None:
+            fix = "leave entry= to the code location that has it"
+            self._wrong("has an entry, and listens to a code location that has one", None, "entry", fix)
+        if entry is None and not self._listened:
+            self._wrong("has neither an entry nor anything to listen to", None, "entry", "give entry=, or listens={agent: Model}")
+        for name in self._listened:
+            if not NAME.fullmatch(name):
+                self._wrong(f"listens to {name!r}, which is no name of an agent", name, "listens", "name the agent as it is named there")
+        if self.inbox is not None and self._listened:
+            self._wrong("has an inbox and no entry", None, "inbox", "declare it where the entry is")
+
+    def _check_effects(self) -> None:
+        """What no saga watches over must have nothing to undo."""
+        if self.mode != "choreography":
+            return
+        for one in self.agents.values():
+            if getattr(one, "effects", "read_only") != "read_only" or hasattr(one, "compensate"):
+                fix = 'mode="hybrid", which undoes what an attempt did, or "orchestration"'
+                self._wrong(f"agent {one.name!r} has side effects, which plain choreography cannot undo", one.name, "mode", fix)
 
     def _by_name(self, agents: list[Agent]) -> dict[str, Agent]:
         found: dict[str, Agent] = {}
@@ -183,13 +254,13 @@ class Pipeline:
 
     def _check_sources(self) -> None:
         names = set(self._declared)
-        if not self.entry.is_entry:
-            reads = self.entry.inputs[0]
+        if self._entry is not None and not self._entry.is_entry:
+            reads = self._entry.inputs[0]
             fix = "give an agent without inputs; agents that read others go to agents="
             self._wrong(f"the entry {self.entry_name!r} reads {reads.upstream!r}", self.entry_name, reads.parameter, fix)
         for one in self._declared.values():
-            if one.is_entry and one is not self.entry:
-                fix = f"take the entry, `{self.entry_name}`, or an agent below it as a parameter; or make it the entry="
+            if one.is_entry and one is not self._entry and one.name not in self._listened:
+                fix = f"take the entry, `{self._first}`, or an agent below it as a parameter; or make it the entry="
                 self._wrong(f"agent {one.name!r} reads nothing and is not the entry: nothing reaches it", one.name, "inputs", fix)
             for read in one.inputs:
                 if read.upstream not in names:
@@ -221,7 +292,7 @@ class Pipeline:
         cycle = path[path.index(path[-1]) :][::-1]
         upstream, reader = next(pairwise(cycle))
         parameter = next(i.parameter for i in self._declared[reader].inputs if i.upstream == upstream)
-        fix = f"let one of them read something further up, for example `{self.entry_name}`"
+        fix = f"let one of them read something further up, for example `{self._first}`"
         self._wrong(f"its agents read each other in a cycle: {' -> '.join(cycle)}", reader, parameter, fix)
 
     def _check_contracts(self, reader: Agent) -> None:

@@ -18,6 +18,7 @@ EAGER = {
     "FromFallback",
     "Key",
     "LazyFrame",
+    "MicroBatch",
     "Personal",
     "Pipeline",
     "Policy",

@@ -5,6 +5,7 @@ context), their annotations are the contracts; keyword-only parameters are resou
 """
 
 from dagster_mao.agent._agent import RESERVED_RESOURCES, Agent, FunctionAgent, agent
+from dagster_mao.agent._batching import MicroBatch
 from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, Shape
 from dagster_mao.agent._fallback import Fallback, check_degradation
 from dagster_mao.agent._guard import current
@@ -17,6 +18,7 @@ __all__ = [
     "Fallback",
     "FunctionAgent",
     "Input",
+    "MicroBatch",
     "Quarantine",
     "Shape",
     "agent",

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, ParamSpec, Type
 from pydantic import BaseModel
 
 from dagster_mao.agent._annotations import Annotation, closure, locals_named_by, shape_of
+from dagster_mao.agent._batching import MicroBatch
 from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, Shape
 from dagster_mao.agent._fallback import Fallback, check_degradation
 from dagster_mao.agent._guard import awaiting, calling, executing, refuse_nested, stepping
@@ -51,8 +52,9 @@ class Agent:
     (parameter -> upstream name, where they differ), `concurrency` (record-wise calls in flight: 16 of an async agent by default; a sync one
     is called in place, with more than 1 in that many threads), `code_files` (files and directories beside the module that the agent's
     behaviour depends on), `quarantine` (a `Quarantine`: bad records are set aside; without one, one bad record fails the batch), `policy`
-    (a `Policy`: how its calls are made) and `expectations` (about the batch as a whole: a list of Great Expectations' expectations or
-    dicts, an `ExpectationSuite`, the path of a suite file, which counts as a code file, or `Expectations` of these).
+    (a `Policy`: how its calls are made), `micro_batch` (a `MicroBatch`: how many workflows one run takes in choreography) and
+    `expectations` (about the batch as a whole: a list of Great Expectations' expectations or dicts, an `ExpectationSuite`, the path of a
+    suite file, which counts as a code file, or `Expectations` of these).
 
     `inputs`, `output` and the like are read from the signature when first asked for and raise WiringError naming agent, field and fix.
     """
@@ -70,6 +72,7 @@ class Agent:
     code_files: Sequence[str | Path] = ()
     quarantine: Quarantine | None = None
     policy: Policy | None = None
+    micro_batch: MicroBatch | None = None
     expectations: Any = ()
 
     _namespace: ClassVar[Mapping[str, Any]] = {}
@@ -388,6 +391,8 @@ class Agent:
             self._wrong(f"`quarantine` is {self.quarantine!r}", "quarantine", "quarantine=mao.Quarantine(max_share=0.1)")
         if self.policy is not None and not isinstance(self.policy, Policy):
             self._wrong(f"`policy` is {self.policy!r}", "policy", "policy=mao.Policy(timeout=30, retries=3)")
+        if self.micro_batch is not None and not isinstance(self.micro_batch, MicroBatch):
+            self._wrong(f"`micro_batch` is {self.micro_batch!r}", "micro_batch", "micro_batch=mao.MicroBatch(size=500, wait=5.0)")
         if self.concurrency is not None and (not isinstance(self.concurrency, int) or self.concurrency < 1):
             self._wrong(f"`concurrency` is {self.concurrency!r}", "concurrency", "a whole number from 1 on")
 
@@ -513,6 +518,7 @@ def agent(
     concurrency: int | None = ...,
     quarantine: Quarantine | None = ...,
     policy: Policy | None = ...,
+    micro_batch: MicroBatch | None = ...,
     expectations: Any = ...,
 ) -> Callable[[Callable[P, R]], FunctionAgent[P, R]]: ...
 
@@ -534,6 +540,7 @@ def agent(
     concurrency: int | None = None,
     quarantine: Quarantine | None = None,
     policy: Policy | None = None,
+    micro_batch: MicroBatch | None = None,
     expectations: Any = (),
 ) -> FunctionAgent[P, R] | Callable[[Callable[P, R]], FunctionAgent[P, R]]:
     """Make an agent of a function: `@agent`, or `@agent(name=..., owners=[...])`. The options are the attributes of `Agent`.
@@ -554,6 +561,7 @@ def agent(
         "concurrency": concurrency,
         "quarantine": quarantine,
         "policy": policy,
+        "micro_batch": micro_batch,
         "expectations": expectations,
     }
     caller = sys._getframe(1)
