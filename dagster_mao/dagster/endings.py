@@ -47,16 +47,27 @@ def ending(instance: dg.DagsterInstance, attempt: str) -> Ending:
 
     A run whose process is gone, unseen by anybody, is marked as failed: whatever follows a failed run (retries too) then follows it.
     """
-    records = _records(instance, attempt)
-    for place, record in enumerate(records):
-        if not record.dagster_run.is_finished and is_gone(instance, record.dagster_run):
-            mark_as_failed(instance, record.dagster_run)
-            records[place] = instance.get_run_record_by_id(record.dagster_run.run_id) or record
-    runs = [record.dagster_run for record in records]
-    for record in records:
-        if told := _waits_for(instance, record):
-            return Ending(runs, told)
-    return Ending(runs, None)
+    runs, waits = list[dg.DagsterRun](), None
+    for record in _records(instance, attempt):
+        told = standing(instance, record)
+        runs.append(told.run)
+        waits = waits or told.waits_for
+    return Ending(runs, waits)
+
+
+class Standing(NamedTuple):
+    """How a run stands. `waits_for` says what may still come of it; None when nothing does."""
+
+    run: dg.DagsterRun
+    waits_for: str | None
+
+
+def standing(instance: dg.DagsterInstance, record: dg.RunRecord) -> Standing:
+    """How a run stands; first it is marked as failed if its process is gone."""
+    if not record.dagster_run.is_finished and is_gone(instance, record.dagster_run):
+        mark_as_failed(instance, record.dagster_run)
+        record = instance.get_run_record_by_id(record.dagster_run.run_id) or record
+    return Standing(record.dagster_run, _waits_for(instance, record))
 
 
 def is_gone(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
