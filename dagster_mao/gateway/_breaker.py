@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN
 from sqlalchemy.dialects import postgresql, sqlite
 
-from dagster_mao.errors import BreakerOpenError, StoreError, UnknownBreakerError
+from dagster_mao.errors import BreakerOpenError, MaoError, StoreError, UnknownBreakerError
 from dagster_mao.gateway._policy import Breaker
 from dagster_mao.gateway._record import class_of
 from dagster_mao.gateway._shared import METADATA, SharedStore
@@ -144,7 +144,7 @@ class SharedBreaker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._shared, self._name, self._declared = shared, name, declared
-        self._not_counted = (*not_counted, BreakerOpenError, StoreError)
+        self._not_counted = not_counted
         self._lease = max(declared.reset_timeout, _SHORTEST_LEASE) if lease is None else lease
         self._clock = clock
         # No lock: a thread that overwrites what another saw costs a look more, and it is the database that decides.
@@ -168,7 +168,9 @@ class SharedBreaker:
             self._look(self._clock())
 
     def counts(self, error: BaseException) -> bool:
-        """Whether an error is a failure of the called side. What ends the process or cancels the call is not."""
+        """Whether an error is a failure of the called side. What ends the process, the call or the step is not."""
+        if isinstance(error, MaoError) and not error.of_one_call:  # a fence, a store that is down, wrong wiring
+            return False
         return isinstance(error, Exception) and not isinstance(error, self._not_counted)
 
     # -- what this process knows -----------------------------------------------------------------------------------------------------

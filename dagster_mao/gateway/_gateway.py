@@ -18,7 +18,7 @@ from dagster_mao.gateway._timeout import acall, call_in_child, call_in_thread, s
 
 if TYPE_CHECKING:
     from dagster_mao.gateway._breaker import Admission, SharedBreaker
-    from dagster_mao.gateway._limit import Limiter, Permit
+    from dagster_mao.gateway._quota import Quota, Reserved
     from dagster_mao.gateway._shared import SharedStore
 
 logger = logging.getLogger("dagster_mao.gateway")
@@ -34,7 +34,7 @@ class Gateway:
     def __init__(self, policy: Policy, name: str, database: str | None) -> None:
         self._policy = policy
         self._breaker: SharedBreaker | None = None
-        self._limiter: Limiter | None = None
+        self._quota: Quota | None = None
         if not policy.is_shared:
             return
         if database is None:
@@ -44,19 +44,25 @@ class Gateway:
                 fix="give the state store one: `database=` a URL `postgresql://user@host/database`, or, for one host, the path of an "
                 "SQLite file; or share nothing: a policy with `keep_answers=0`, no breaker and no limits",
             )
-        if policy.breaker is None and policy.rate_limit is None:
-            return
         # SQLAlchemy and pybreaker are imported by steps that need them.
-        from dagster_mao.gateway._breaker import SharedBreaker
-        from dagster_mao.gateway._limit import Limiter
-
-        shared = shared_store(database)
         if policy.breaker is not None:
+            from dagster_mao.gateway._breaker import SharedBreaker
+
             # A probe may take as long as a call may, and a while more.
             lease = max(60.0, policy.breaker.reset_timeout, 2 * (policy.timeout or 0.0))
-            self._breaker = SharedBreaker(shared, policy.breaker.name or name, policy.breaker, not_counted=policy.not_counted, lease=lease)
-        if policy.rate_limit is not None:
-            self._limiter = Limiter(shared, policy.rate_key or name, *parse_rate(policy.rate_limit))
+            self._breaker = SharedBreaker(
+                shared_store(database), policy.breaker.name or name, policy.breaker, not_counted=policy.not_counted, lease=lease
+            )
+        if policy.rate_limit is not None or policy.token_limit is not None:
+            from dagster_mao.gateway._limit import Limiter
+            from dagster_mao.gateway._quota import Quota
+
+            shared, key = shared_store(database), policy.rate_key or name
+            self._quota = Quota(
+                Limiter(shared, key, *parse_rate(policy.rate_limit)) if policy.rate_limit else None,
+                Limiter(shared, f"tokens of {key}", *parse_rate(policy.token_limit)) if policy.token_limit else None,
+                policy.tokens_per_call,
+            )
 
     def call(self, function: Callable[..., Any], *args: Any, observe: Observe | None = None) -> Any:
         """What the function returns. Raises what its last try raised, `CallTimeoutError`, or `BreakerOpenError`.
@@ -74,29 +80,30 @@ class Gateway:
         return await aretry_call(self._policy, lambda number: self._atry(function, args, number, observe))
 
     def _try(self, function: Callable[..., Any], args: tuple[Any, ...], number: int, observe: Observe | None) -> Any:
-        admission = self._entered(observe) if self._is_guarded else None
-        if admission is None and observe is None:
+        admission, reserved = self._entered(observe) if self._is_guarded else (None, None)
+        if admission is None and reserved is None and observe is None:
             return self._timed(function, args)
-        with _Try(number, admission, observe):
+        with _Try(number, admission, observe, self._quota, reserved):
             return self._timed(function, args)
 
-    def _entered(self, observe: Observe | None) -> Admission | None:
-        """Admitted by the breaker, with the permit of the rate limit at hand: the call is to be made now."""
+    def _entered(self, observe: Observe | None) -> tuple[Admission | None, Reserved | None]:
+        """Admitted by the breaker, with what the limits have reserved for it: the call is to be made now."""
         try:
             admission = self._admit()
-            if self._limiter:
-                with _given_back(admission):
-                    permit = self._limiter.reserve()
-                if permit:
-                    # A wait may be longer than a probe's lease, and the breaker may open meanwhile.
-                    _release(admission)
-                    with self._returning(permit):
-                        time.sleep(permit)
-                        admission = self._admit()
+            if self._quota is None:
+                return admission, None
+            with _given_back(admission):
+                reserved = self._quota.reserve()
+            if reserved.wait:
+                # It may be longer than a probe's lease, and the breaker may open meanwhile.
+                _release(admission)
+                with self._returning(reserved):
+                    time.sleep(reserved.wait)
+                    admission = self._admit()
         except Exception as error:
             _not_made(error, observe)
             raise
-        return admission
+        return admission, reserved
 
     def _timed(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if self._policy.timeout is None:
@@ -110,27 +117,28 @@ class Gateway:
             raise
 
     async def _atry(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], number: int, observe: Observe | None) -> Any:
-        admission = await self._aentered(observe) if self._is_guarded else None
-        if admission is None and observe is None:
+        admission, reserved = await self._aentered(observe) if self._is_guarded else (None, None)
+        if admission is None and reserved is None and observe is None:
             return await self._atimed(function, args)
-        with _Try(number, admission, observe):
+        with _Try(number, admission, observe, self._quota, reserved):
             return await self._atimed(function, args)
 
-    async def _aentered(self, observe: Observe | None) -> Admission | None:
+    async def _aentered(self, observe: Observe | None) -> tuple[Admission | None, Reserved | None]:
         try:
             admission = self._admit()
-            if self._limiter:
-                with _given_back(admission):
-                    permit = await self._limiter.areserve()
-                if permit:
-                    _release(admission)
-                    with self._returning(permit):
-                        await asyncio.sleep(permit)
-                        admission = self._admit()
+            if self._quota is None:
+                return admission, None
+            with _given_back(admission):
+                reserved = await self._quota.areserve()
+            if reserved.wait:
+                _release(admission)
+                with self._returning(reserved):
+                    await asyncio.sleep(reserved.wait)
+                    admission = self._admit()
         except Exception as error:
             _not_made(error, observe)
             raise
-        return admission
+        return admission, reserved
 
     def _atimed(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> Awaitable[Any]:
         return function(*args) if self._policy.timeout is None else acall(function, args, {}, timeout=self._policy.timeout)
@@ -140,40 +148,48 @@ class Gateway:
 
     @property
     def _is_guarded(self) -> bool:
-        return self._breaker is not None or self._limiter is not None
+        return self._breaker is not None or self._quota is not None
 
     @contextmanager
-    def _returning(self, permit: Permit) -> Iterator[None]:
-        """A permit that was not used, because the wait was interrupted or the breaker opened, is for others."""
+    def _returning(self, reserved: Reserved) -> Iterator[None]:
+        """What was reserved and not used, because the wait was interrupted or the breaker opened, is for others."""
         try:
             yield
         except BaseException:
-            if self._limiter:
-                self._limiter.settle(permit, 0)
+            if self._quota is not None:
+                self._quota.soon(self._quota.give_back, reserved)
             raise
 
     def flush(self) -> None:
-        """Tells other processes what this one knows of the breaker and has not told yet: at the end of a step."""
-        if self._breaker:
+        """Tells other processes what this one knows of breaker and limits and has not told yet: at the end of a step."""
+        if self._breaker is not None:
             self._breaker.flush()
+        if self._quota is not None:
+            self._quota.flush()
 
 
 class _Try:
-    """One try, while the call runs. How it went is told to the breaker, and what it used, how long it took and how it went to `observe`."""
+    """One try, while the call runs.
 
-    __slots__ = ("_admission", "_begun", "_number", "_observe", "_started", "_token", "_told")
+    How it went is told to the breaker, the tokens it used to the token limit, and all of it to `observe`.
+    """
 
-    def __init__(self, number: int, admission: Admission | None, observe: Observe | None) -> None:
-        self._number, self._admission, self._observe = number, admission, observe
+    __slots__ = ("_admission", "_begun", "_is_metered", "_number", "_observe", "_quota", "_reserved", "_started", "_token", "_told")
+
+    def __init__(
+        self, number: int, admission: Admission | None, observe: Observe | None, quota: Quota | None, reserved: Reserved | None
+    ) -> None:
+        self._number, self._admission, self._observe, self._quota, self._reserved = number, admission, observe, quota, reserved
+        self._is_metered = observe is not None or (reserved is not None and reserved.tokens is not None)
 
     def __enter__(self) -> None:
-        if self._observe is not None:
+        if self._is_metered:
             self._told: list[Used] = []
             self._token = sink.set(self._told.append)
             self._started, self._begun = time.time(), time.perf_counter()
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        latency = 0.0 if self._observe is None else time.perf_counter() - self._begun
+        latency = time.perf_counter() - self._begun if self._is_metered else 0.0
         if (admission := self._admission) is not None:
             if error is None:
                 admission.succeeded()
@@ -181,16 +197,19 @@ class _Try:
                 admission.failed(error)
             else:  # the step was interrupted, which says nothing about the called side
                 admission.released()
-        if self._observe is not None:
+        if self._is_metered:
             sink.reset(self._token)
-            self._observe(self._record(latency, error))
+            used = total(self._told) if self._told else _NOTHING
+            if self._quota is not None and self._reserved is not None:
+                self._quota.soon(self._quota.used, self._reserved, used.input_tokens + used.output_tokens, error)
+            if self._observe is not None:
+                self._observe(self._record(latency, error, used))
 
-    def _record(self, latency: float, error: BaseException | None) -> CallRecord:
+    def _record(self, latency: float, error: BaseException | None, used: Used) -> CallRecord:
         outcome: CallOutcome = "answered" if error is None else "timed_out" if isinstance(error, CallTimeoutError) else "failed"
         admission = self._admission
         name = None if error is None else class_of(error)
         breaker = None if admission is None else "half-open" if admission.is_probe else "closed"
-        used = total(self._told) if self._told else _NOTHING
         # Quicker than by its name, and made for every call.
         return CallRecord._make((self._number, self._started, latency, outcome, name, *used, breaker))
 

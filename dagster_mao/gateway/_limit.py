@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import math
 import os
 import threading
 import time
@@ -71,7 +71,7 @@ class Limiter:
     """
 
     def __init__(self, shared: SharedStore, key: str, calls: int, seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._shared, self._key, self._calls, self._clock = shared, key, calls, clock
+        self._shared, self.key, self.calls, self._clock = shared, key, calls, clock
         self._seconds = round(seconds * _MICRO)
         self._slack = round(min(_MOST_SLACK, seconds / 40) * _MICRO)
         self._most = max(1, calls * self._slack // self._seconds)
@@ -82,34 +82,32 @@ class Limiter:
         """Seconds that a permit may be used later than it was reserved for."""
         return self._slack / _MICRO
 
-    def reserve(self, permits: int = 1) -> Permit:
-        """Takes permits; returns the seconds to wait until they may be used.
+    def reserve(self, permits: int = 1, *, not_before: float = -math.inf) -> Permit:
+        """Takes permits; returns the seconds to wait until they may be used, not before a moment of the clock.
 
-        It may wait for the database: in an event loop, `areserve`. Raises `RateLimitError` when more are wanted than are ever granted at
+        It may wait for the database: in an event loop, see `held`. Raises `RateLimitError` when more are wanted than are ever granted at
         once, `StoreError` when the database cannot be used.
         """
-        if not 0 < permits <= self._calls:
+        if not 0 < permits <= self.calls:
             raise RateLimitError(
-                f"A call wants {permits} permits of the rate limit {self._key!r}: {self._calls} in {self._seconds / _MICRO:g} seconds",
+                f"A call wants {permits} permits of the rate limit {self.key!r}: {self.calls} in {self._seconds / _MICRO:g} seconds",
                 field="rate_limit",
                 fix="raise the limit, or do less in one call",
             )
         if self._pid != os.getpid():
             self._begin()
         with self._lock:
-            held = self._of_block(permits)
-            return self._fetched(permits) if held is None else held
+            held = self._of_block(permits, not_before)
+            return self._fetched(permits, not_before) if held is None else held
 
-    async def areserve(self, permits: int = 1) -> Permit:
-        """As `reserve`; the database is asked in a thread."""
-        if self._pid == os.getpid() and self._lock.acquire(blocking=False):
-            try:
-                held = self._of_block(permits)
-            finally:
-                self._lock.release()
-            if held is not None:
-                return held
-        return await asyncio.to_thread(self.reserve, permits)
+    def held(self) -> Permit | None:
+        """As `reserve` of one permit, where that asks neither the database nor another thread; else None."""
+        if self._pid != os.getpid() or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            return self._of_block(1, -math.inf)
+        finally:
+            self._lock.release()
 
     def settle(self, reserved: Permit, used: int) -> None:
         """Corrects a reservation to what was used of it (tokens are known afterwards); 0 when the call was not made after all.
@@ -138,23 +136,25 @@ class Limiter:
         self._opens = self._closes = 0.0
         self._open = Permit(0.0, 1, 0)
 
-    def _of_block(self, permits: int) -> Permit | None:
-        if permits > self._left or (now := self._clock()) > self._closes:
+    def _of_block(self, permits: int, not_before: float) -> Permit | None:
+        if permits > self._left or max(now := self._clock(), not_before) > self._closes:
             return None
         self._left -= permits
-        if permits == 1 and now >= self._opens:
+        opens = max(self._opens, not_before)
+        if permits == 1 and now >= opens:
             return self._open
-        return Permit(max(0.0, self._opens - now), permits, self._number)
+        return Permit(max(0.0, opens - now), permits, self._number)
 
-    def _fetched(self, permits: int) -> Permit:
+    def _fetched(self, permits: int, not_before: float) -> Permit:
         used = self._took - self._left
         next_size = used if self._left and self._clock() > self._closes else min(self._most, 2 * used)
-        wanted = min(self._calls, max(permits, next_size))
+        wanted = min(self.calls, max(permits, next_size))
         with self._shared.transaction(durable=False) as connection:
             before = self._clock()
             now, number, grants = self._log(connection)
             grants = given_back(grants, self._number, self._left)
-            grant = granted(grants, number + 1, now, wanted, calls=self._calls, seconds=self._seconds, hold=2 * self._slack)
+            earliest = now + round(max(0.0, not_before - before) * _MICRO)
+            grant = granted(grants, number + 1, earliest, wanted, calls=self.calls, seconds=self._seconds, hold=2 * self._slack)
             self._write(connection, now, number + 1, [*grants, grant])
         # `now` was between `before` and this moment, so what is counted from here is not too early, and from there not too late.
         wait = (grant.start - now) / _MICRO
@@ -167,12 +167,12 @@ class Limiter:
 
     def _log(self, connection: sa.Connection) -> tuple[int, int, list[Grant]]:
         """The database's clock, the number of the last grant, and the grants that still count. Locked until the transaction ends."""
-        row = connection.execute(_READ, {"wanted": self._key}).one_or_none()
+        row = connection.execute(_READ, {"wanted": self.key}).one_or_none()
         if row is None:
             insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-            first = insert(_LIMITS).values(key=self._key, seen=0, number=0, grants="[]")
+            first = insert(_LIMITS).values(key=self.key, seen=0, number=0, grants="[]")
             connection.execute(first.on_conflict_do_nothing())
-            row = connection.execute(_READ, {"wanted": self._key}).one()
+            row = connection.execute(_READ, {"wanted": self.key}).one()
         now = round(self._shared.now(connection) * _MICRO)
         # A clock that was set back: the grants are at least as old as they were at the last look.
         back = min(0, now - row.seen)
@@ -181,20 +181,20 @@ class Limiter:
 
     def _write(self, connection: sa.Connection, now: int, number: int, grants: Sequence[Grant]) -> None:
         text = json.dumps(merged(grants, _ENTRIES), separators=(",", ":"))
-        connection.execute(_WRITE, {"wanted": self._key, "seen": now, "number": number, "grants": text})
+        connection.execute(_WRITE, {"wanted": self.key, "seen": now, "number": number, "grants": text})
 
 
 _READ = sa.select(_LIMITS.c.seen, _LIMITS.c.number, _LIMITS.c.grants).where(_LIMITS.c.key == sa.bindparam("wanted")).with_for_update()
 _WRITE = _LIMITS.update().where(_LIMITS.c.key == sa.bindparam("wanted"))
 
 
-def granted(grants: Sequence[Grant], number: int, now: int, permits: int, *, calls: int, seconds: int, hold: int) -> Grant:
-    """The next grant, as early as can be from `now` on.
+def granted(grants: Sequence[Grant], number: int, earliest: int, permits: int, *, calls: int, seconds: int, hold: int) -> Grant:
+    """The next grant, as early as can be from `earliest` on.
 
     Of those made before, all that end less than `seconds` before it starts count, with it no more than `calls`. So no window of `seconds`
     holds more: look at the last made of the grants in it; all others in it were counted then.
     """
-    start, counted = now, permits + sum(grant.permits for grant in grants)
+    start, counted = earliest, permits + sum(grant.permits for grant in grants)
     for grant in sorted(grants, key=lambda grant: grant.end):
         if counted <= calls:
             break

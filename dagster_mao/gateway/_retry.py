@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-from dagster_mao.errors import BreakerOpenError
+from dagster_mao.errors import MaoError
 from dagster_mao.gateway._policy import Policy
 
 T = TypeVar("T")
@@ -35,9 +35,10 @@ def retry_call(
 ) -> T:
     """What `function` returns, called with the number of the try, from 1 on, until it returns or the tries are used up.
 
-    Only the policy's `transient` errors are tried again, `BreakerOpenError` never. Waits half to all of 0.5, 1, 2 … 30 seconds, at random,
-    and never less than the other side asked for (`retry_after`, or the Retry-After header of an HTTP client's error). No wait ends later
-    than `retry_within` seconds after the first error: where it would, and after the last try, the last error is raised as it is, at once.
+    Only the policy's `transient` errors are tried again; of ours none that ends the step, such as `BreakerOpenError`. Waits half to all
+    of 0.5, 1, 2 … 30 seconds, at random, and never less than the other side asked for (`retry_after`, or the Retry-After header of an
+    HTTP client's error). No wait ends later than `retry_within` seconds after the first error: where it would, and after the last try,
+    the last error is raised as it is, at once.
     """
     waits = _Waits(policy, clock, uniform)
     number = 1
@@ -102,7 +103,7 @@ class _Waits:
 
 def is_transient(policy: Policy, error: BaseException) -> bool:
     """Whether the policy lets the error be tried again."""
-    if isinstance(error, BreakerOpenError) or not isinstance(error, Exception):
+    if not isinstance(error, Exception) or (isinstance(error, MaoError) and not error.of_one_call):
         return False
     return isinstance(error, policy.transient) or (TimeoutError in policy.transient and isinstance(error, _TIMEOUTS))
 

@@ -15,7 +15,7 @@ import pybreaker
 import pytest
 import sqlalchemy as sa
 
-from dagster_mao.errors import BreakerOpenError, StoreError, UnknownBreakerError
+from dagster_mao.errors import BreakerOpenError, FencedError, StoreError, UnknownBreakerError
 from dagster_mao.gateway import Breaker
 from dagster_mao.gateway._breaker import (
     LOOK_EVERY,
@@ -102,7 +102,9 @@ def test_it_opens_after_failures_in_a_row(shared: SharedStore) -> None:
     assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)  # noqa: S301
 
 
-@pytest.mark.parametrize("error", [Rejected(), KeyboardInterrupt(), asyncio.CancelledError(), StoreError("down")])
+@pytest.mark.parametrize(
+    "error", [Rejected(), KeyboardInterrupt(), asyncio.CancelledError(), StoreError("down"), FencedError("compensated")]
+)
 def test_errors_that_are_not_counted_count_nothing(shared: SharedStore, error: BaseException) -> None:
     bank = breaker(shared, not_counted=(Rejected,))
     fail(bank, 2)

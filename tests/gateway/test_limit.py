@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dagster_mao.errors import RateLimitError, StoreError
 from dagster_mao.gateway._limit import Grant, Limiter, Permit, merged
+from dagster_mao.gateway._quota import Quota
 from dagster_mao.gateway._shared import SharedStore
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -80,8 +81,8 @@ class Bucket:
 class Hoarding(Limiter):
     """Naive: a block of permits is good for ever."""
 
-    def _fetched(self, permits: int) -> Permit:
-        permit = super()._fetched(permits)
+    def _fetched(self, permits: int, not_before: float) -> Permit:
+        permit = super()._fetched(permits, not_before)
         self._closes = float("inf")
         return permit
 
@@ -115,6 +116,7 @@ def test_a_burst_is_granted_whole_and_the_next_when_it_has_left_the_window(store
             st.sampled_from([1, 1, 1, 1, 3, 50]),  # permits
             st.sampled_from([0.0, 0.3, 1.0]),  # how late it is, in shares of the slack
             st.sampled_from([1.0, 1.0, 0.0, 0.5]),  # what it uses of them
+            st.sampled_from([0.0, 0.0, 0.0, 0.004, 0.3, 2.5]),  # how long it cannot use them yet, in windows
         ),
         min_size=10,
         max_size=120,
@@ -123,18 +125,19 @@ def test_a_burst_is_granted_whole_and_the_next_when_it_has_left_the_window(store
 )
 @settings(max_examples=60, deadline=None)
 def test_no_window_ever_holds_more_than_the_limit(
-    calls: int, seconds: float, steps: list[tuple[float, int, int, float, float]], steps_back: list[tuple[int, float]]
+    calls: int, seconds: float, steps: list[tuple[float, int, int, float, float, float]], steps_back: list[tuple[int, float]]
 ) -> None:
     clock = Time()
     with TemporaryDirectory() as folder:
         store = SharedStore(Path(folder) / "shared.db", clock=clock.database)
         limiters = [Limiter(store, "api", calls, seconds, clock=clock.of_process(offset)) for offset in (0.0, -1e6, 5e5)]
         uses = []
-        for index, (passes, process, permits, late, share) in enumerate(steps):
+        for index, (passes, process, permits, late, share, later) in enumerate(steps):
             clock.now += passes * seconds
             clock.set_back += sum(back for at, back in steps_back if at == index)
             limiter = limiters[process]
-            permit = limiter.reserve(min(permits, calls))
+            permit = limiter.reserve(min(permits, calls), not_before=limiter._clock() + later * seconds)
+            assert permit >= later * seconds - 1e-5
             used = round(permit.permits * share)
             uses.append((clock.now + permit + late * limiter.slack, used))
             limiter.settle(permit, used)
@@ -280,7 +283,7 @@ def test_keys_are_apart_and_shared_by_name(store: SharedStore) -> None:
 
 
 def test_an_event_loop_is_not_held_up_by_the_database(shared: SharedStore) -> None:
-    limiter = Limiter(shared, "api", 5, 60.0)
+    quota = Quota(Limiter(shared, "api", 5, 60.0), None, 1)
 
     async def main() -> list[float]:
         beats = 0
@@ -292,10 +295,10 @@ def test_an_event_loop_is_not_held_up_by_the_database(shared: SharedStore) -> No
                 await asyncio.sleep(0)
 
         beating = asyncio.create_task(beat())
-        waits = await asyncio.gather(*(limiter.areserve() for _ in range(8)))
+        waits = await asyncio.gather(*(quota.areserve() for _ in range(8)))
         beating.cancel()
         assert beats > 8
-        return [float(wait) for wait in waits]
+        return [reserved.wait for reserved in waits]
 
     assert sorted(wait > 0 for wait in asyncio.run(main())) == [False] * 5 + [True] * 3
 

@@ -17,7 +17,7 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dagster_mao.errors import BreakerOpenError, CallTimeoutError
+from dagster_mao.errors import BreakerOpenError, CallTimeoutError, FencedError
 from dagster_mao.gateway import Policy, TransientError
 from dagster_mao.gateway._retry import aretry_call, is_transient, retry_after, retry_call
 
@@ -91,10 +91,12 @@ def test_other_errors_are_raised_at_once(error: BaseException, is_async: bool) -
     assert script.numbers == [1]
 
 
-def test_neither_an_open_breaker_nor_an_interruption_is_transient_whatever_is_declared() -> None:
+def test_neither_what_ends_the_step_nor_an_interruption_is_transient_whatever_is_declared() -> None:
     policy = Policy(retries=5, transient=(BaseException,))
     assert is_transient(policy, ValueError())
     assert not is_transient(policy, OPEN)
+    assert not is_transient(policy, FencedError("compensated"))
+    assert is_transient(policy, CallTimeoutError("late", seconds=1))
     assert not is_transient(policy, KeyboardInterrupt())
 
 
