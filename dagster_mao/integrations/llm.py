@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Generator, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -203,6 +204,13 @@ class LLM(dg.ConfigurableResource[Any]):
         names = ("model", "base_url", "temperature", "seed", "parameters", "output_mode", "strict", "send_personal")
         frozen = FrozenAnswers(self._value("frozen")).digest() if self.frozen and not self.record else None
         return {**{name: self._value(name) for name in names}, "frozen": frozen}
+
+    def get_resource_definition(self) -> Any:
+        """In Dagster: what it makes of the resource, when the code location loads."""
+        if self.api_key and not isinstance(self.api_key, dg.EnvVar):
+            what = "The api_key of an LLM is written down: the UI masks it, and Dagster's snapshots of jobs keep it"
+            warnings.warn(f'{what}. Fix: api_key=dg.EnvVar("…")', stacklevel=2)
+        return super().get_resource_definition()
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """In Dagster: imports the client before the first call, whose timeout would pay for it."""

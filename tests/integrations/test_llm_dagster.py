@@ -30,8 +30,10 @@ def run(server: LLMServer, home: Path, **settings: Any) -> Any:
     defs = pipeline().build_definitions(resources={"llm": llm, "state_store": store})
     with dg.instance_for_test(temp_dir=str(home / "dagster")) as instance:
         result = defs.resolve_job_def("press_job").execute_in_process(instance=instance, raise_on_error=False)
-        events = [record.event_log_entry.to_json() for record in instance.get_records_for_run(result.run_id).records]
-    return result, "\n".join(events)
+        told = [record.event_log_entry.to_json() for record in instance.get_records_for_run(result.run_id).records]
+        # Compressed, so that no search of the files would find anything in it.
+        told.append(str(instance.get_job_snapshot(instance.get_run_by_id(result.run_id).job_snapshot_id)))
+    return result, "\n".join(told)
 
 
 def config(home: Path, result: Any) -> str:
@@ -82,10 +84,24 @@ def test_a_run_that_fails_tells_neither_key_nor_personal_data(server, home, monk
     assert AUTHOR not in shown
 
 
-def test_a_key_that_is_written_down_is_marked_as_a_secret_for_the_ui():
-    """Dagster's page of a resource shows its configuration, but for fields that are marked so."""
+def test_a_key_that_is_written_down_is_warned_of_and_marked_as_a_secret_for_the_ui():
+    """Dagster's page of a resource shows its configuration, but for fields that are marked so; its snapshots of jobs have all of it."""
+    with pytest.warns(UserWarning, match="Dagster's snapshots of jobs keep it") as warned:
+        dg.Definitions(resources={"llm": mao.LLM(api_key=KEY)}, jobs=[_job()]).resolve_job_def("job")
+    assert KEY not in str(warned[0].message)
     fields = mao.LLM.to_config_schema().as_field().config_type.fields
     assert {name for name, field in fields.items() if field.is_secret} == {"api_key"}
+
+
+def _job() -> dg.JobDefinition:
+    @dg.op(required_resource_keys={"llm"})
+    def ask() -> None: ...
+
+    @dg.job
+    def job() -> None:
+        ask()
+
+    return job
 
 
 def test_a_key_that_is_not_set_fails_with_its_name(server, home, monkeypatch):
