@@ -61,12 +61,22 @@ class Attempt:
     """An attempt as one step sees it. `pin` and `seal` judge by the seals that were there when the step joined."""
 
     def __init__(
-        self, objects: Objects, log: StateLog, table: DeltaTable | None, pins: Pins, *, run_id: str, lineage: tuple[str, ...]
+        self,
+        objects: Objects,
+        log: StateLog,
+        table: DeltaTable | None,
+        pins: Pins,
+        *,
+        run_id: str,
+        lineage: tuple[str, ...],
+        seen: Sequence[Seal] | None = None,
+        reads: Sequence[Seal] | None = None,
     ) -> None:
         self._objects, self._log, self._pins = objects, log, pins
         self.run_id, self._lineage = run_id, frozenset(lineage)
         self._table = table
-        self._seen: list[Seal] = log.seals(pins.workflow_id, table)
+        self._seen: list[Seal] = log.seals(pins.workflow_id, table) if seen is None else list(seen)
+        self._reads = None if reads is None else {seal.agent: seal for seal in reads}
 
     @property
     def id(self) -> str:
@@ -119,8 +129,14 @@ class Attempt:
         """The one version of an agent's output that this attempt may read.
 
         What this run or the runs it re-executes sealed comes first; what the attempt does not set out to seal comes from the effective
-        state as it was when the attempt began. Raises `PinError` when there is none, `TamperedError` when its log row was changed.
+        state as it was when the attempt began. An attempt that was joined with the versions to read has these and no others. Raises
+        `PinError` when there is none, `TamperedError` when its log row was changed.
         """
+        if self._reads is not None:
+            if agent not in self._reads:
+                fix = "it is due once all that it reads is sealed"
+                raise PinError("It was not told which version of it to read", agent=agent, workflow=self.workflow_id, fix=fix)
+            return _untouched(self._reads[agent])
         own = [seal for seal in self._seen if self._is_own(seal, agent)]
         if own:
             return _untouched(own[-1])
@@ -147,11 +163,7 @@ class Attempt:
 
     def entry_of(self, seal: Seal) -> Seal | None:
         """The entry seal that a seal descends from; None for what has no entry above it."""
-        while seal.kind != "entry":
-            if not seal.parents:
-                return None
-            seal = self._seen[seal.parents[0].version]
-        return seal
+        return entry_of(self._seen, seal)
 
     def require_one_entry(self, agent: str, parents: Sequence[Seal]) -> None:
         """Raises `PinError` when the parents descend from different entry seals: their rows are not about the same batch."""
@@ -259,6 +271,15 @@ class Attempt:
                     workflow=self.workflow_id,
                     fix="look at that version (`dagster-mao diff`), then run again if it is still needed",
                 )
+
+
+def entry_of(seals: Sequence[Seal], seal: Seal) -> Seal | None:
+    """The entry seal of the workflow that a seal descends from; None for what has no entry above it."""
+    while seal.kind != "entry":
+        if not seal.parents:
+            return None
+        seal = seals[seal.parents[0].version]
+    return seal
 
 
 def effective(seals: Sequence[Seal]) -> dict[str, Seal]:

@@ -15,7 +15,7 @@ from deltalake import DeltaTable
 
 from dagster_mao.errors import PinError, TamperedError, UnknownVersionError, WiringError
 from dagster_mao.state import snapshots
-from dagster_mao.state.attempt import Attempt, Pins, effective, is_completed, next_seal
+from dagster_mao.state.attempt import Attempt, Pins, effective, entry_of, is_completed, next_seal
 from dagster_mao.state.calls import CALLS_SUFFIX, CallsTable
 from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects, safe_name
@@ -96,6 +96,11 @@ class StateStore:
     def seals(self, workflow_id: str) -> list[Seal]:
         """All seals of a workflow by version; empty when it has none."""
         return self._log.seals(workflow_id)
+
+    def seals_of(self, workflows: Iterable[str]) -> dict[str, list[Seal]]:
+        """The same of several workflows, in one read."""
+        wanted = frozenset(workflows)
+        return self._log.seals_of(wanted) if wanted else {}
 
     def seal_at(self, workflow_id: str, version: int) -> Seal:
         """Raises `UnknownVersionError`, saying what there is."""
@@ -234,6 +239,28 @@ class StateStore:
         if pins.base > self._log.head(pins.workflow_id, table):  # another step pinned meanwhile, and saw more
             table = self._log.open()
         joined = Attempt(self.objects, self._log, table, pins, run_id=run_id, lineage=tuple(lineage) or (run_id,))
+        joined.refuse_if_fenced()
+        return joined
+
+    def join_attempt(self, seen: Sequence[Seal], *, attempt: str, reads: Sequence[int], run_id: str, plan: Iterable[str]) -> Attempt:
+        """Joins an attempt as an agent that is told which versions of the workflow to read: those of `seen`, the workflow's seals as they
+        were read, at the places `reads`.
+
+        Nothing is written: whoever is told the same pins the same, and `now` is the entry's. Raises `FencedError` when the attempt was
+        fenced.
+        """
+        told = [seen[version] for version in reads]
+        entry = entry_of(seen, told[0]) or told[0]
+        pins = Pins(
+            workflow_id=entry.workflow_id,
+            pipeline=entry.pipeline,
+            attempt=attempt,
+            entry="",
+            plan=tuple(plan),
+            base=len(seen) - 1,
+            now=entry.now,
+        )
+        joined = Attempt(self.objects, self._log, None, pins, run_id=run_id, lineage=(run_id,), seen=seen, reads=told)
         joined.refuse_if_fenced()
         return joined
 

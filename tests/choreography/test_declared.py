@@ -127,7 +127,7 @@ def test_what_is_wired_wrongly_is_said_at_load(case: str) -> None:
 
 def test_side_effects_are_welcome_where_they_can_be_undone() -> None:
     for mode in ("orchestration", "hybrid"):
-        mao.Pipeline("loans", entry=applications, agents=[risk, Booking], mode=mode)  # type: ignore[arg-type]
+        mao.Pipeline("loans", entry=applications, agents=[risk, Booking], mode=mode)
 
 
 def test_an_inbox_needs_an_entry_that_sets_bad_events_aside() -> None:
@@ -145,6 +145,6 @@ def test_a_micro_batch_that_cannot_be(wrong: dict[str, Any]) -> None:
 def test_an_agent_says_its_own_micro_batch() -> None:
     mine = mao.agent(micro_batch=mao.MicroBatch(size=3))(risk._function)
     assert mine.micro_batch == mao.MicroBatch(size=3)
-    wrong = mao.agent(micro_batch=3)(risk._function)
+    wrong = mao.agent(micro_batch=3)(risk._function)  # type: ignore[call-overload]
     with pytest.raises(mao.WiringError, match="`micro_batch` is 3"):
         mao.Pipeline("loans", entry=applications, agents=[wrong])
