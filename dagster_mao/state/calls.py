@@ -99,7 +99,8 @@ class CallSummary(BaseModel):
             **{name: (outcome == name).sum() for name in ("answered", "reused", "failed", "refused", "timed_out")},
             fallbacks=(outcome == "fallback").sum(),
             **{f"p{n}_seconds": latency.quantile(n / 100, "linear").round(6) for n in (50, 95, 99)},
-            **{name: pl.col(name).sum() for name in ("input_tokens", "output_tokens", "cost")},
+            **{name: pl.col(name).sum() for name in ("input_tokens", "output_tokens")},
+            cost=pl.col("cost").sum().round(9),  # sums of floats end in noise
         )
         row = told.collect(engine="streaming").row(0, named=True)
         errors = row["failed"] + row["timed_out"]
