@@ -80,7 +80,12 @@ class StaleStateError(MaoError):
 
 
 class FencedError(MaoError):
-    """The workflow was fenced after this attempt pinned (a compensation began). Nothing of this step is visible."""
+    """The workflow was fenced after this attempt pinned (a compensation began). Nothing of this step is visible.
+
+    A second compensator gets it too: then `retry_after` is the seconds for which the first one holds the attempt at least.
+    """
+
+    retry_after: float | None = None
 
 
 class TamperedError(MaoError):

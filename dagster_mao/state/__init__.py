@@ -1,6 +1,6 @@
 """State: versions, snapshots, seals, digests. Delta and files; knows nothing of Dagster, of agents or of contracts."""
 
-from dagster_mao.state.attempt import Attempt, Provenance
+from dagster_mao.state.attempt import Attempt, Provenance, effective, is_completed
 from dagster_mao.state.calls import CALLS_SCHEMA, CALLS_SUFFIX, CallSummary
 from dagster_mao.state.kept import KeptFile, KeptFrames
 from dagster_mao.state.objects import reaching
@@ -26,6 +26,8 @@ __all__ = [
     "Seal",
     "Staged",
     "StateStore",
+    "effective",
+    "is_completed",
     "reaching",
     "staged",
 ]

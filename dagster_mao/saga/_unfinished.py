@@ -1,0 +1,209 @@
+"""What is still to be compensated, from the journal and the state log and nothing else."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dagster_mao.errors import MaoError
+from dagster_mao.gateway import shared_store
+from dagster_mao.saga._order import Superseded
+from dagster_mao.saga._saga import Left, UndoneState, sagas_of
+from dagster_mao.state import StateStore, is_completed
+
+if TYPE_CHECKING:
+    from dagster_mao.journal._sagas import SagaRow, Sagas, StepRow
+
+Kind = Literal["attempt", "late", "superseded"]
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Something that is not compensated, or not yet: an attempt that did not complete, or what a later one superseded of it.
+
+    `kind` "late": it was compensated, and an effect came afterwards. `state`: None where nobody asked for it, else "requested", "running"
+    or "incomplete" (which another try alone need not mend). An attempt that goes on is here too: `ended`: all its steps told how
+    they ended; where not, ask whoever runs them about `runs`. `last` is when it last wrote to the journal, `lease_until` until when a
+    compensator holds it (UTC, by the database's clock).
+    """
+
+    workflow_id: str
+    attempt: str
+    kind: Kind
+    state: str | None
+    superseded_by: str
+    runs: tuple[str, ...]
+    agents: tuple[str, ...]
+    ended: bool
+    last: dt.datetime
+    lease_until: dt.datetime | None
+    tries: int
+    why: str | None
+
+
+@dataclass(frozen=True)
+class UndoState:
+    """How the undo of one agent stands."""
+
+    agent: str
+    state: UndoneState
+    effects: int
+    tries: int
+    error: str | None
+
+
+@dataclass(frozen=True)
+class SagaState:
+    """How a saga stands: requested, running, compensated, incomplete, or void (the attempt had completed)."""
+
+    workflow_id: str
+    attempt: str
+    kind: Kind
+    superseded_by: str
+    state: str
+    why: str | None
+    requested_by: str | None
+    owner: str | None
+    tries: int
+    undos: tuple[UndoState, ...]
+    left: tuple[Left, ...]
+    asked: dt.datetime
+    concluded: dt.datetime | None
+
+
+def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
+    """All that is not compensated of a pipeline. What is settled is marked, and not looked at again."""
+    if not _is_there(store):
+        return []
+    journal, found = sagas_of(store), list[Unfinished]()
+    held = set[tuple[str, str]]()
+    for row in journal.unfinished(pipeline):
+        held.add((row.workflow_id, row.attempt))
+        found.append(_of_saga(row, journal.steps(row.workflow_id, row.attempt), journal))
+    groups: dict[tuple[str, str], list[StepRow]] = {}
+    for step in journal.open_steps(pipeline):
+        groups.setdefault((step.workflow_id, step.attempt), []).append(step)
+    for (workflow_id, attempt), steps in groups.items():
+        if (workflow_id, attempt) in held:
+            continue
+        if any(step.late for step in steps):
+            saga = journal.find(workflow_id, attempt)
+            found.append(_unfinished(steps, journal, "late", None if saga is None else saga.tries, saga))
+        elif is_completed(store.seals(workflow_id), attempt):
+            found += _superseded(store, journal, workflow_id, attempt, steps)
+        else:
+            found.append(_unfinished(steps, journal, "attempt", 0, None))
+    return found
+
+
+def _superseded(store: StateStore, journal: Sagas, workflow_id: str, attempt: str, steps: list[StepRow]) -> list[Unfinished]:
+    """What a completed attempt superseded; nothing, and it is settled, where it superseded nothing."""
+    seals, every = store.seals(workflow_id), journal.steps(workflow_id)
+    superseded = Superseded(every, seals)
+    told, waits = superseded.found(journal.told(superseded.steps)) if superseded.steps else ({}, False)
+    found = []
+    for (earlier, later), of_steps in told.items():
+        own = [step for step in every if step.id in of_steps]
+        found.append(_unfinished(own, journal, "superseded", 0, None, superseded_by=later, attempt=earlier))
+    if any(step.state == "running" for step in steps):
+        # It was re-executed after it had completed: that goes on, or died.
+        return [*found, _unfinished(steps, journal, "attempt", 0, None)]
+    if not found and not waits:
+        journal.settle(workflow_id, [step.id for step in steps])
+    return found
+
+
+def request(store: StateStore, pipeline: str, workflow_id: str | None, attempt: str, *, run_id: str | None, why: str) -> int:
+    """Asks for the compensation of an attempt, whose steps may begin no effect from now on; of how many workflows.
+
+    For hooks, which run while other steps do: nothing is undone now. Without a workflow, in all where the attempt has steps. Nothing for
+    what has completed, or has no effects. `why`: the class of an error. Never raises what the store raises: that is logged.
+    """
+    try:
+        if not _is_there(store):
+            return 0
+        journal, asked = sagas_of(store), 0
+        steps = [step for step in journal.open_steps(pipeline) if step.attempt == attempt]
+        for one in sorted({step.workflow_id for step in steps if workflow_id in (None, step.workflow_id)}):
+            if not is_completed(store.seals(one), attempt):
+                asked += journal.request(pipeline=pipeline, workflow_id=one, attempt=attempt, why=why, requested_by=run_id)
+        return asked
+    except MaoError as error:
+        _LOG.warning("the compensation of attempt %s could not be requested, and will be found missing: %s", attempt, error)
+        return 0
+
+
+def sagas(store: StateStore, pipeline: str, workflow_id: str | None = None) -> list[SagaState]:
+    """How the sagas of a pipeline stand, or of one workflow, oldest first."""
+    if not _is_there(store):
+        return []
+    journal = sagas_of(store)
+    rows = journal.of_pipeline(pipeline) if workflow_id is None else journal.of_workflow(workflow_id)
+    return [_state(row, journal) for row in rows]
+
+
+def _is_there(store: StateStore) -> bool:
+    if store.database is None:
+        return False
+    from dagster_mao.journal._tables import SAGAS
+
+    return shared_store(store.database).holds(SAGAS)
+
+
+def _state(row: SagaRow, journal: Sagas) -> SagaState:
+    undos = tuple(UndoState(u.agent, u.state, u.effects, u.tries, u.error) for u in journal.undos(row.id))  # type: ignore[arg-type]
+    return SagaState(
+        workflow_id=row.workflow_id,
+        attempt=row.attempt,
+        kind="superseded" if row.superseded_by else "attempt",
+        superseded_by=row.superseded_by,
+        state=row.state,
+        why=row.why,
+        requested_by=row.requested_by,
+        owner=row.owner,
+        tries=row.tries,
+        undos=undos,
+        left=tuple(Left(undo.agent, undo.state, undo.error) for undo in undos if undo.state not in ("done", "kept")),
+        asked=_utc(row.asked),
+        concluded=None if row.concluded is None else _utc(row.concluded),
+    )
+
+
+def _of_saga(row: SagaRow, steps: list[StepRow], journal: Sagas) -> Unfinished:
+    kind: Kind = "superseded" if row.superseded_by else "attempt"
+    return _unfinished(steps, journal, kind, row.tries, row, superseded_by=row.superseded_by, attempt=row.attempt)
+
+
+def _unfinished(
+    steps: list[StepRow],
+    journal: Sagas,
+    kind: Kind,
+    tries: int | None,
+    saga: SagaRow | None,
+    *,
+    superseded_by: str = "",
+    attempt: str | None = None,
+) -> Unfinished:
+    written = journal.last_written([step.id for step in steps])
+    times = [*(step.ended or step.started for step in steps), *written.values(), *([saga.asked] if saga else [])]
+    return Unfinished(
+        workflow_id=saga.workflow_id if saga else steps[0].workflow_id,
+        attempt=attempt or steps[0].attempt,
+        kind=kind,
+        state=None if saga is None or kind == "late" else saga.state,
+        superseded_by=superseded_by,
+        runs=tuple(dict.fromkeys(step.run_id for step in steps)),
+        agents=tuple(dict.fromkeys(step.agent for step in steps)),
+        ended=all(step.state in ("sealed", "failed") for step in steps),
+        last=_utc(max(times)),
+        lease_until=None if saga is None or saga.lease_until is None else _utc(saga.lease_until),
+        tries=tries or 0,
+        why=None if saga is None else saga.why,
+    )
+
+
+def _utc(seconds: float) -> dt.datetime:
+    return dt.datetime.fromtimestamp(seconds, dt.timezone.utc)
