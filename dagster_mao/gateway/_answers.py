@@ -194,7 +194,9 @@ class Answers:
         """As `keep`, without holding up the event loop."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        self._add(_row(key, record, value, told), (loop, future))
+        batch = self._add(_row(key, record, value, told), (loop, future))
+        if len(batch.waiters) == 1:
+            loop.call_soon(self._rouse)  # once all tasks that can run now have come as far as this
         await future
 
     def _add(self, row: _Row, waiter: _Waiter | None = None) -> _Batch:
@@ -206,16 +208,17 @@ class Answers:
             batch.rows.append((self._numbers, row))
             if waiter is not None:
                 batch.waiters.append(waiter)
-                if len(batch.waiters) == 1:
-                    self._rouse()
         return batch
 
     def _rouse(self) -> None:
-        """Under `_state`: the thread that commits for tasks, and that makes a pause durable, shall look."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="mao-answers", daemon=True)
-            self._thread.start()
-        self._wake.notify()
+        """The thread that commits for tasks, and that makes a pause durable, shall look."""
+        with self._state:
+            if self._closed:
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mao-answers", daemon=True)
+                self._thread.start()
+            self._wake.notify()
 
     def _work(self) -> None:
         while True:
@@ -269,9 +272,8 @@ class Answers:
             self._drop_line()
             raise
         if not self._dirty:
-            with self._state:
-                self._dirty = True
-                self._rouse()
+            self._dirty = True
+            self._rouse()
 
     def _write_durably(self, rows: list[_Numbered]) -> None:
         with self._shared.transaction() as connection:
