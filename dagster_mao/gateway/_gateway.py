@@ -157,7 +157,7 @@ class Gateway:
             yield
         except BaseException:
             if self._quota is not None:
-                self._quota.soon(self._quota.give_back, reserved)
+                self._quota.give_back(reserved)
             raise
 
     def flush(self) -> None:
@@ -200,8 +200,8 @@ class _Try:
         if self._is_metered:
             sink.reset(self._token)
             used = total(self._told) if self._told else _NOTHING
-            if self._quota is not None and self._reserved is not None:
-                self._quota.soon(self._quota.used, self._reserved, used.input_tokens + used.output_tokens, error)
+            if self._quota is not None and self._reserved is not None and self._reserved.tokens is not None:
+                self._quota.used(self._reserved, used.tokens, error)
             if self._observe is not None:
                 self._observe(self._record(latency, error, used))
 
@@ -211,7 +211,7 @@ class _Try:
         name = None if error is None else class_of(error)
         breaker = None if admission is None else "half-open" if admission.is_probe else "closed"
         # Quicker than by its name, and made for every call.
-        return CallRecord._make((self._number, self._started, latency, outcome, name, *used, breaker))
+        return CallRecord._make((self._number, self._started, latency, outcome, name, *used.columns(), breaker))
 
 
 _NOTHING = Used()

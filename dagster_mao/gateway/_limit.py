@@ -109,20 +109,19 @@ class Limiter:
         finally:
             self._lock.release()
 
-    def settle(self, reserved: Permit, used: int) -> None:
-        """Corrects a reservation to what was used of it (tokens are known afterwards); 0 when the call was not made after all.
+    def settle(self, *uses: tuple[Permit, int]) -> None:
+        """Corrects reservations to what was used of each (tokens are known afterwards); 0 when the call was not made after all.
 
         What was not used is free at once. What was used beyond counts from now on: later reservations wait for it, those made already
         stand.
         """
-        beyond = used - reserved.permits
-        if beyond == 0:
+        if all(used == reserved.permits for reserved, used in uses):
             return
         with self._shared.transaction(durable=False) as connection:
             now, number, grants = self._log(connection)
-            if beyond < 0:
-                grants = given_back(grants, reserved.number, -beyond)
-            else:
+            for reserved, used in uses:
+                grants = given_back(grants, reserved.number, max(0, reserved.permits - used))
+            if beyond := sum(max(0, used - reserved.permits) for reserved, used in uses):
                 number += 1
                 grants = [*grants, Grant(number, number, now, now, beyond)]
             self._write(connection, now, number, grants)

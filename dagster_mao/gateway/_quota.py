@@ -6,9 +6,12 @@ import asyncio
 import logging
 import math
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 
 from dagster_mao.errors import CallTimeoutError, StoreError
@@ -43,6 +46,8 @@ class Quota:
     ) -> None:
         self._calls, self._tokens, self._clock = calls, tokens, clock
         self._mean, self._known = float(tokens_per_call), 0
+        self._waiting: list[_Correction] = []
+        self._lock = threading.Lock()  # of what waits; held for an instant
 
     @property
     def estimate(self) -> int:
@@ -71,11 +76,11 @@ class Quota:
             spent_at = self._clock() + spent
             while abs(permit_at - spent_at) > (calls if permit_at < spent_at else tokens).slack / 2:
                 if permit_at < spent_at:
-                    calls.settle(permit, 0)
+                    calls.settle((permit, 0))
                     permit = calls.reserve(not_before=spent_at)
                     permit_at = self._clock() + permit
                 else:
-                    tokens.settle(spent, 0)
+                    tokens.settle((spent, 0))
                     spent = tokens.reserve(spent.permits, not_before=permit_at)
                     spent_at = self._clock() + spent
             return Reserved(max(0.0, permit_at - self._clock(), spent_at - self._clock()), permit, spent)
@@ -101,51 +106,73 @@ class Quota:
 
     def give_back(self, reserved: Reserved) -> None:
         """The call was not made after all: what was reserved for it is for others. Raises nothing."""
-        for limiter, permit in ((self._calls, reserved.permit), (self._tokens, reserved.tokens)):
-            if limiter is not None and permit is not None:
-                _settled(limiter, permit, 0)
+        self._corrected((self._calls, reserved.permit, 0), (self._tokens, reserved.tokens, 0))
 
-    def used(self, reserved: Reserved, tokens: int, error: BaseException | None) -> None:
-        """A call that had this reserved has ended, and told so many tokens. Raises nothing.
+    def used(self, reserved: Reserved, tokens: int | None, error: BaseException | None) -> None:
+        """A call that had this reserved has ended, and told so many tokens; None where it told nothing of them. Raises nothing.
 
-        What it told counts from now on. One that was answered and told none counts as estimated; so does one that was ended before it
-        could tell all, for it may have used as many. One that failed and told none used none.
+        What it told counts from now on. One that was answered and told nothing counts as estimated; so does at least one that was ended
+        before it could tell all, for it may have used as many. One that failed and told nothing used none.
         """
-        if self._tokens is None or reserved.tokens is None:
+        if reserved.tokens is None:
             return
+        estimate = reserved.tokens.permits
         if error is None:
-            tokens = self._saw(tokens) if tokens > 0 else reserved.tokens.permits
+            counts = estimate if tokens is None else tokens
+            if tokens:  # none at all says nothing of the next call's
+                self._saw(tokens)
         elif isinstance(error, CallTimeoutError) or not isinstance(error, Exception):
-            tokens = max(tokens, reserved.tokens.permits)
-        _settled(self._tokens, reserved.tokens, max(0, tokens))
+            counts = max(tokens or 0, estimate)
+        else:
+            counts = tokens or 0
+        self._corrected((self._tokens, reserved.tokens, max(0, counts)))
 
-    def _saw(self, tokens: int) -> int:
+    def _saw(self, tokens: int) -> None:
         # No lock: of two threads that come at once one may be left out of an average.
         self._known += 1
         self._mean += (tokens - self._mean) / min(self._known, _REMEMBERED)
-        return tokens
 
-    @staticmethod
-    def soon(function: Callable[..., None], *args: object) -> None:
-        """Calls one of these at once, or, where that would hold up an event loop, in the thread that reserves for it."""
+    def _corrected(self, *corrections: _Correction) -> None:
+        """At once, or, where that would hold up an event loop, in the thread that reserves for it: many together, if there are many."""
+        wanted = [(limiter, permit, used) for limiter, permit, used in corrections if permit is not None and used != permit.permits]
+        if not wanted:
+            return
         try:
             asyncio.get_running_loop()
-            _pool().submit(function, *args)
-        except RuntimeError:  # there is no loop, or the interpreter ends and starts nothing any more
-            function(*args)
+        except RuntimeError:
+            _correct(wanted)
+            return
+        with self._lock:
+            is_first = not self._waiting
+            self._waiting.extend(wanted)
+        if is_first:
+            with suppress(RuntimeError):  # the interpreter ends and starts nothing any more
+                _pool().submit(self._correct_waiting)
 
-    @staticmethod
-    def flush() -> None:
-        """Waits until what was left to that thread is done."""
+    def _correct_waiting(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        _correct(waiting)
+
+    def flush(self) -> None:
+        """Waits until all of it is told."""
         if _threads is not None:
-            _threads.submit(int).result()
+            _threads.submit(self._correct_waiting).result()
 
 
-def _settled(limiter: Limiter, permit: Permit, used: int) -> None:
-    try:
-        limiter.settle(permit, used)
-    except StoreError as error:  # it must not hide what became of the call; what was reserved counts until it leaves the window
-        _LOG.warning("what a call used of the limit %r could not be told: %s", limiter.key, error)
+_Correction = tuple[Limiter | None, Permit | None, int]
+
+
+def _correct(corrections: Sequence[_Correction]) -> None:
+    by_limiter = defaultdict[Limiter, list[tuple[Permit, int]]](list)
+    for limiter, permit, used in corrections:
+        if limiter is not None and permit is not None:
+            by_limiter[limiter].append((permit, used))
+    for limiter, uses in by_limiter.items():
+        try:
+            limiter.settle(*uses)
+        except StoreError as error:  # it must not hide what became of the call; what was reserved counts until it leaves the window
+            _LOG.warning("what calls used of the limit %r could not be told: %s", limiter.key, error)
 
 
 # -- for event loops -----------------------------------------------------------------------------------------------------------------

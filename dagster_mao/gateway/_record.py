@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Literal, NamedTuple
 
@@ -30,28 +30,45 @@ Observe = Callable[[CallRecord], object]
 
 
 class Used(NamedTuple):
-    """What a call used, as told by `usage`."""
+    """What a call used, as told by `usage`. Tokens are None where nothing was said of them."""
 
     model: str | None = None
-    input_tokens: int = 0
-    output_tokens: int = 0
+    input_tokens: int | None = None
+    output_tokens: int | None = None
     cost: float = 0.0
+
+    def columns(self) -> tuple[str | None, int, int, float]:
+        """As in a `CallRecord`."""
+        return self.model, self.input_tokens or 0, self.output_tokens or 0, self.cost
+
+    @property
+    def tokens(self) -> int | None:
+        if self.input_tokens is None and self.output_tokens is None:
+            return None
+        return (self.input_tokens or 0) + (self.output_tokens or 0)
 
 
 sink: ContextVar[Callable[[Used], object] | None] = ContextVar("mao_usage", default=None)
 """Where `usage` tells it in this thread or task, and in those that are started with its context."""
 
 
-def usage(*, input_tokens: int | None = 0, output_tokens: int | None = 0, cost: float | None = 0.0, model: str | None = None) -> None:
+def usage(
+    *, input_tokens: int | None = None, output_tokens: int | None = None, cost: float | None = None, model: str | None = None
+) -> None:
     """Tells the gateway, from inside `execute`, what the call at hand used; adds to what was told before.
 
-    `cost` in whatever currency all agents of a store use. None, as some clients say when they do not know, counts as 0. What a call told
-    before it failed, or before its timeout was over, counts too. Outside of a call (a unit test) it does nothing; nor in a thread that
-    `execute` starts itself without its context (`asyncio.to_thread` takes it along).
+    `cost` in whatever currency all agents of a store use. None says nothing: in the call log it is 0, and a call that says nothing of its
+    tokens counts in a token limit as estimated, one that says 0 as 0. What a call told before it failed, or before its timeout was over,
+    counts too. Outside of a call (a unit test) it does nothing; nor in a thread that `execute` starts itself without its context
+    (`asyncio.to_thread` takes it along).
     """
     tell = sink.get()
     if tell is not None:
-        tell(Used(None if model is None else str(model), int(input_tokens or 0), int(output_tokens or 0), float(cost or 0.0)))
+        tell(Used(None if model is None else str(model), _whole(input_tokens), _whole(output_tokens), float(cost or 0.0)))
+
+
+def _whole(number: int | None) -> int | None:
+    return None if number is None else int(number)
 
 
 def total(told: Sequence[Used]) -> Used:
@@ -59,7 +76,12 @@ def total(told: Sequence[Used]) -> Used:
     if len(told) == 1:
         return told[0]
     model = next((used.model for used in reversed(told) if used.model is not None), None)
-    return Used(model, sum(used.input_tokens for used in told), sum(used.output_tokens for used in told), sum(used.cost for used in told))
+    return Used(model, _sum(used.input_tokens for used in told), _sum(used.output_tokens for used in told), sum(used.cost for used in told))
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    said = [number for number in numbers if number is not None]
+    return sum(said) if said else None
 
 
 def class_of(error: BaseException) -> str:

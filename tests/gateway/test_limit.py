@@ -140,7 +140,7 @@ def test_no_window_ever_holds_more_than_the_limit(
             assert permit >= later * seconds - 1e-5
             used = round(permit.permits * share)
             uses.append((clock.now + permit + late * limiter.slack, used))
-            limiter.settle(permit, used)
+            limiter.settle((permit, used))
         store.close()
     assert most_in_a_window(uses, seconds) <= calls
 
@@ -235,8 +235,8 @@ def test_tokens_are_corrected_when_they_are_known(store: SharedStore, clock: Tim
     assert (first, first.permits) == (0.0, 900)
     waiting = limiter.reserve(200)
     assert waiting > 60
-    limiter.settle(waiting, 0)  # it was not made after all
-    limiter.settle(first, 300)
+    limiter.settle((waiting, 0))  # it was not made after all
+    limiter.settle((first, 300))
     assert limiter.reserve(700) == 0.0
     assert limiter.reserve(1) > 60
 
@@ -245,7 +245,7 @@ def test_tokens_used_beyond_what_was_reserved_delay_the_next(store: SharedStore,
     limiter = Limiter(store, "tokens", 1_000, 60.0, clock=clock.of_process(0))
     permit = limiter.reserve(100)
     clock.now += 30
-    limiter.settle(permit, 950)
+    limiter.settle((permit, 950))
     assert limiter.reserve(51) == pytest.approx(31.0)  # until the 100 have left
     assert limiter.reserve(200) == pytest.approx(60.0)  # until the 850 have, which count from when they were told
 
@@ -255,7 +255,7 @@ def test_a_late_correction_takes_nothing_from_others(store: SharedStore, clock: 
     old = limiter.reserve(1_000)
     clock.now += 100
     assert limiter.reserve(1_000) == 0.0
-    limiter.settle(old, 0)
+    limiter.settle((old, 0))
     assert limiter.reserve(1) > 60
 
 

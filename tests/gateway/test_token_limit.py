@@ -45,10 +45,10 @@ class Asking:
         self.gateway = Gateway(Policy(**{"token_limit": "10000/hour", "tokens_per_call": 100} | declared), name, self.database)
         self.is_async = is_async
 
-    def __call__(self, tokens: int, error: BaseException | None = None, before: Callable[[], object] = lambda: None) -> None:
+    def __call__(self, tokens: int | None, error: BaseException | None = None, before: Callable[[], object] = lambda: None) -> None:
         def call() -> None:
             before()
-            mao.usage(input_tokens=tokens // 2, output_tokens=tokens - tokens // 2)
+            mao.usage(input_tokens=tokens, model="small")
             if error is not None:
                 raise error
 
@@ -88,29 +88,42 @@ def test_a_call_counts_as_its_estimate_and_then_as_what_it_used(tmp_path: Path, 
 def test_what_a_call_counts_that_does_not_tell_all(tmp_path: Path, is_async: bool) -> None:
     """Answered and silent: the estimate. Failed and silent: nothing. Failed: what it told."""
     asking = Asking(tmp_path, is_async=is_async)
-    asking(0)
+    asking(None)
     assert asking.counted == 100
     with pytest.raises(ConnectionError):
-        asking(0, ConnectionError())
+        asking(None, ConnectionError())
     assert asking.counted == 100
     with pytest.raises(ConnectionError):
         asking(7, ConnectionError())
     assert asking.counted == 107
     asking(0)
-    assert asking.counted == 207, "failures are no model of what a call uses"
+    assert asking.counted == 107, "it says that it used none"
+    asking(None)
+    assert asking.counted == 207, "failures are no model of what a call uses, and nothing none"
 
 
 def test_a_call_that_was_ended_counts_at_least_as_estimated(tmp_path: Path) -> None:
     asking = Asking(tmp_path, timeout=0.5)
     released = threading.Event()
-    for tokens, counts in ((0, 100), (40, 200), (150, 350)):
+    for tokens, counts in ((None, 100), (40, 200), (150, 350)):
         with pytest.raises(mao.CallTimeoutError):
             asking.gateway.call(lambda used=tokens: (mao.usage(input_tokens=used), released.wait(60)))
         assert asking.counted == counts
     released.set()
     with pytest.raises(KeyboardInterrupt):
-        Asking(tmp_path)(0, KeyboardInterrupt())
+        Asking(tmp_path)(None, KeyboardInterrupt())
     assert asking.counted == 450
+
+
+def test_what_a_call_used_is_all_that_it_told(tmp_path: Path) -> None:
+    asking = Asking(tmp_path)
+
+    def call() -> None:
+        mao.usage(input_tokens=10, output_tokens=1)
+        mao.usage(output_tokens=2, cost=0.1)
+
+    asking.gateway.call(call)
+    assert asking.counted == 13
 
 
 def test_each_try_counts(tmp_path: Path) -> None:
@@ -308,7 +321,7 @@ def test_no_window_holds_more_calls_or_more_tokens_than_it_may(
             if is_made:
                 made.append((clock.now + reserved.wait, 1))
                 spent.append((clock.now + reserved.wait, min(uses, reserved.tokens.permits)))
-                quotas[process].used(reserved, uses, None if uses else ConnectionError())
+                quotas[process].used(reserved, uses or None, None if uses else ConnectionError())
             else:
                 quotas[process].give_back(reserved)
         shared.close()
