@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dagster_mao.cli._app import DATABASE, ROOT
 from dagster_mao.cli._print import misused
@@ -18,6 +18,8 @@ from dagster_mao.state.store import StateStore
 
 if TYPE_CHECKING:
     from dagster_mao.gateway._shared import SharedStore
+
+T = TypeVar("T")
 
 
 def open_store(root: str | None, storage_option: Sequence[str] | None, *, damaged: bool = False) -> StateStore:
@@ -126,7 +128,7 @@ def load_pipeline(given: str | None, workflow: str) -> Pipeline:
     if not places:
         fix = 'give --pipeline module:attribute, or put pipelines = ["module:attribute"] under [tool.dagster-mao] in pyproject.toml'
         raise WiringError("No pipeline is named, and correcting a record takes its contract", fix=fix)
-    found = [_imported(place, where.parent) for place in places]
+    found = [imported(place, where.parent, Pipeline, "mao.Pipeline") for place in places]
     for pipeline in found:
         if workflow.startswith(f"{pipeline.name}/"):
             return pipeline
@@ -134,18 +136,19 @@ def load_pipeline(given: str | None, workflow: str) -> Pipeline:
     raise WiringError(f"No pipeline that is named has this workflow; there is {there}", workflow=workflow, fix="name its own by --pipeline")
 
 
-def _imported(place: str, folder: Path) -> Pipeline:
+def imported(place: str, folder: Path, kind: type[T], called: str) -> T:
+    """What module:attribute names, with `folder` on the path. Raises `WiringError` when it is no `kind`, which users know as `called`."""
     module, colon, attribute = place.partition(":")
     if not (module and colon and attribute):
-        misused(f"a pipeline is written module:attribute, not {place!r}")
+        misused(f"a place in the code is written module:attribute, not {place!r}")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     try:
-        pipeline = getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the user's modules raise
         raise WiringError(
             f"{place} cannot be imported: {type(error).__name__}: {error}", fix=f"try `python -c 'import {module}'`"
         ) from error
-    if not isinstance(pipeline, Pipeline):
-        raise WiringError(f"{place} is a {type(pipeline).__name__}, not a mao.Pipeline", fix="name the variable that holds the pipeline")
-    return pipeline
+    if not isinstance(found, kind):
+        raise WiringError(f"{place} is a {type(found).__name__}, not a {called}", fix=f"name the variable that holds the {called}")
+    return found
