@@ -169,7 +169,6 @@ def with_a_fallback(applications: Application) -> Score: ...
         (unannotated, "no contract"),
         (reads_a_frame, "shapes"),
         (with_a_fallback, "has a fallback of its own"),
-        ("refer_to_human", "its fallback is str"),
         (Score, "its fallback is Score"),
     ],
 )

@@ -155,7 +155,7 @@ def test_a_share_passed_on_the_output_side_writes_nothing(local_store: StateStor
     pipeline = mao.Pipeline("credit", entry=applications, agents=[score])
     with pytest.raises(BatchRefusedError, match="3 of 4 records"):
         run(pipeline, batch(1, 20, 30, 40), store=local_store, workflow="day")
-    assert not any("/score" in path for path in local_store.objects.list("tables"))
+    assert not any("/score/" in path or "/score_quarantine/" in path for path in local_store.objects.list("tables"))
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,18 @@ def test_async_agents_set_aside_what_they_cannot_make_and_finish_the_others(loca
     assert aside(result, "score") == {"1": ("output", ["score: le 10"]), "3": ("output", ["score: le 10"])}
 
 
-def test_an_error_that_is_not_about_the_output_still_fails_the_step(local_store: StateStore) -> None:
+def test_an_error_that_is_not_about_the_output_is_set_aside_with_what_was_read(local_store: StateStore) -> None:
     @mao.agent(quarantine=ANY)
     def score(applications: Application) -> Score:
-        Income.model_validate({})
+        if applications.amount == 2:
+            Income.model_validate({})
         return Score(application_id=applications.application_id, score=1)
 
-    with pytest.raises(mao.AgentFailedError):
-        run(mao.Pipeline("credit", entry=applications, agents=[score]), batch(1), store=local_store)
+    result = run(mao.Pipeline("credit", entry=applications, agents=[score]), batch(1, 2), store=local_store)
+    assert aside(result, "score") == {"1": ("output", ["execute: ValidationError"])}
+    (row,) = local_store.quarantine(result.seals["score"]).to_dicts()
+    assert json.loads(row["values"]) == {"application_id": "1", "name": SECRET, "amount": 2}
+    assert json.loads(row["masked"]) == {"application_id": "1", "name": "***", "amount": 2}
 
 
 class Numbered(BaseModel):

@@ -209,11 +209,7 @@ class Agent:
         AgentCallError when another agent is executing in this thread or task; WiringError for a resource that is not there.
         """
         takes_context, parameters, names, alone = self._binding
-        try:
-            kwargs = {name: resources[name] for name in names}
-        except KeyError as missing:
-            name = missing.args[0]
-            self._wrong(f"it needs the resource {name!r}, which nobody provides", name, f"pass {name!r} among the resources")
+        kwargs = self._taken(names, resources)
         args = [values[name] for name in parameters]
         told = calling.set(ctx)
         try:
@@ -223,6 +219,42 @@ class Agent:
         if alone:
             return _awaited_alone(result) if self.is_async else [result]
         return result
+
+    def bound(self, resources: Mapping[str, Any]) -> Callable[[AgentContext | None, Mapping[str, Any]], Any]:
+        """`call` for many calls, one after the other, of a record-wise sync agent: what they have in common is done once.
+
+        AgentCallError when another agent is executing here; WiringError for a resource that is not there.
+        """
+        refuse_nested(self)
+        takes_context, parameters, names, _ = self._binding
+        function, kwargs = self._plain, self._taken(names, resources)
+        alone = parameters[0] if len(parameters) == 1 and not takes_context else None
+
+        def call(ctx: AgentContext | None, values: Mapping[str, Any]) -> Any:
+            token, told = executing.set(self), calling.set(ctx)
+            try:
+                if alone is not None:
+                    return function(values[alone], **kwargs)
+                args = [values[name] for name in parameters]
+                return function(ctx, *args, **kwargs) if takes_context else function(*args, **kwargs)
+            finally:
+                executing.reset(token)
+                calling.reset(told)
+
+        return call
+
+    @property
+    def _plain(self) -> Callable[..., Any]:
+        """`execute` without its guard."""
+        function: Callable[..., Any] = self._raw.__get__(self)
+        return function
+
+    def _taken(self, names: Sequence[str], resources: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return {name: resources[name] for name in names}
+        except KeyError as missing:
+            name = missing.args[0]
+            self._wrong(f"it needs the resource {name!r}, which nobody provides", name, f"pass {name!r} among the resources")
 
     @cached_property
     def _binding(self) -> tuple[bool, tuple[str, ...], tuple[str, ...], bool]:
@@ -483,6 +515,10 @@ class FunctionAgent(Agent, Generic[P, R]):
 
     @property
     def _raw(self) -> Callable[..., Any]:
+        return self._function
+
+    @property
+    def _plain(self) -> Callable[..., Any]:
         return self._function
 
     @property

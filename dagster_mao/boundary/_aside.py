@@ -12,6 +12,7 @@ import polars as pl
 from pydantic import ValidationError
 from pydantic_core import to_json
 
+from dagster_mao.agent import Input
 from dagster_mao.contract import (
     MASK,
     Contract,
@@ -79,6 +80,19 @@ class Aside:
         values = text_of({_path(where): value for where, value in refused.items()})
         self._add(key, OUTPUT_SIDE, None, contract.rules_broken(error), values, _masked_parts(json.loads(values), refused, contract))
 
+    def add_failed(self, key: Any, rule: str, inputs: Sequence[Input], row: Mapping[str, Mapping[str, Any] | None]) -> None:
+        """A record whose call finally failed: its inputs, as they were read; by upstream, where there are several."""
+        if len(inputs) == 1:
+            (one,) = inputs
+            record: dict[str, Any] = dict(row[one.upstream] or {})
+            self._add(key, OUTPUT_SIDE, None, [rule], _json(record), _masked(json.loads(_json(record)), one.contract))
+            return
+        personal = any(i.contract.key in i.contract.personal for i in inputs)
+        name = str(inputs[0].contract.key)
+        told = json.loads(_json(row))
+        masked = {i.upstream: json.loads(_masked(told[i.upstream], i.contract)) for i in inputs if told[i.upstream] is not None}
+        self._add(key, OUTPUT_SIDE, None, [rule], _json({name: key, **row}), _json({name: MASK if personal else key, **masked}))
+
     def keep(self, quarantined: pl.DataFrame) -> None:
         """What was set aside before, as it was: judged again from its JSON it might be another record."""
         self._rows += quarantined.select(QUARANTINE_SCHEMA.names()).to_dicts()
@@ -109,7 +123,7 @@ def _failure(contract: Contract[Any], rule: str, rows: Sequence[Mapping[str, Any
     told = [{k: v for k, v in one.items() if k.partition(".")[0] in (contract.key, field)} for one in shown]
     keyed = contract.key is not None and contract.key not in contract.personal
     for one, row in zip(told, rows, strict=False):
-        if keyed and row["record"] is not None:
+        if keyed and row["record"] is not None and one.get(str(contract.key)) != MASK:
             one[str(contract.key)] = row["record"]
     return RuleFailure(rule, field, len(rows), tuple(told))
 

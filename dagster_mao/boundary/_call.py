@@ -1,57 +1,401 @@
-"""Calling an agent: on a batch at once, or record by record, concurrently where it is async."""
+"""The calls of a step: what they have in common, those of records one by one, and that of a whole batch."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from dataclasses import dataclass
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import cached_property
+from operator import sub
 from typing import Any
 
 import polars as pl
 from pydantic import BaseModel, ValidationError
 
 from dagster_mao.agent import Agent, AgentContext, Input, Shape
-from dagster_mao.boundary._aside import Aside
-from dagster_mao.contract import has_personal
-from dagster_mao.errors import AgentFailedError, CallProcessError, CallTimeoutError, MaoError
-from dagster_mao.gateway import Gateway
+from dagster_mao.boundary._asking import Asking, Outcome
+from dagster_mao.boundary._digest import digest
+from dagster_mao.boundary._failure import cause, failed
+from dagster_mao.boundary._inputs import Chunk, chunks
+from dagster_mao.boundary._log import CallLog
+from dagster_mao.boundary._one import Answered, Deferred, Failed, One, WrongAnswerError
+from dagster_mao.boundary._scratch import Scratch
+from dagster_mao.boundary._step import Step, sunk
+from dagster_mao.boundary._ways import Loop, as_tasks, in_place, in_threads
+from dagster_mao.errors import BreakerOpenError, InvalidRecordsError, MaoError, StoreError
+from dagster_mao.gateway import Answer, Answers, CallKeys, CallRecord, Gateway, Meter, Policy, enforces_nothing, shared_store
+from dagster_mao.state import Attempt, CallSummary, KeptFile, KeptFrames, Seal, Staged, StateStore
 
-CHUNK_RECORDS = 10_000  # models alive at a time in a record-wise agent
-_OF_THE_CALL = (CallProcessError, CallTimeoutError)  # what the gateway raises in place of what the agent would have
+_SHORTEST_KEPT = 3600.0  # seconds: the file of an answer outlives it, however short that is
+ASYNC_CALLS = 16  # of a record-wise async agent, in flight by default
+
+logger = logging.getLogger("dagster_mao.boundary")
 
 
-@dataclass(frozen=True)
-class _Unmade:
-    key: Any
-    error: ValidationError
+class Calls:
+    """What all calls of a step have in common. A context manager: at its end, sealed or failed, what the calls told is logged.
 
-
-class Call:
-    """The call of `execute`: once with frames, or once per record.
-
-    Each call goes through `gateway` if there is one. With `aside`, a record whose output the agent's code cannot make (pydantic refuses the
-    model) goes there, and the others go on.
+    Raises `WiringError` where the policy needs a database that the store does not have.
     """
 
     def __init__(
-        self, agent: Agent, context: AgentContext, resources: dict[str, Any], aside: Aside | None, gateway: Gateway | None
+        self,
+        store: StateStore,
+        agent: Agent,
+        attempt: Attempt,
+        policy: Policy,
+        context: AgentContext,
+        resources: Mapping[str, Any],
+        scratch: Scratch,
+        *,
+        config: str,
+        fresh: bool,
     ) -> None:
-        self._agent, self._context, self._resources, self._aside, self._gateway = agent, context, resources, aside, gateway
+        self.store, self.agent, self.policy, self.attempt, self.scratch = store, agent, policy, attempt, scratch
+        self.context, self._resources = context, resources
+        self.keys = CallKeys(attempt.workflow_id, attempt.epoch, agent.name)
+        self.is_personal = any(i.contract.key in i.contract.personal for i in agent.inputs if i.contract.key)
+        self._ends = ExitStack()
+        self._gateway = Gateway(policy, f"{attempt.pipeline}.{agent.name}", store.database)
+        about = {"epoch": attempt.epoch, "agent_version": agent.agent_version}
+        whose = {"workflow_id": attempt.workflow_id, "agent": agent.name, "attempt": attempt.id, "run_id": attempt.run_id}
+        self.log = CallLog(store, attempt.pipeline, agent.name, scratch, {**whose, **about})
+        self.answers: Answers | None = None
+        if policy.keep_answers > 0:
+            fingerprint = json.dumps([agent.agent_version, config, agent.model, agent.output.hash])
+            self.answers = Answers(
+                shared_store(str(store.database)),  # without one there is no gateway
+                pipeline=attempt.pipeline,
+                **whose,
+                fingerprint=hashlib.sha256(fingerprint.encode()).hexdigest(),
+                keep=policy.keep_answers,
+                fresh=fresh,
+                about=about,
+            )
+        instead = agent.fallback if policy.fallback is not None else None
+        self.asking = Asking(
+            agent,
+            policy,
+            context,
+            resources,
+            self._gateway,
+            None if instead is None else (instead, Gateway(own(instead.agent), f"{attempt.pipeline}.{instead.agent.name}", store.database)),
+            self.log,
+            self.loop,
+        )
+        self._loop: Loop | None = None
 
-    def run(self, frames: Mapping[str, pl.LazyFrame]) -> Any:
-        agent = self._agent
-        if agent.is_entry or agent.output_shape is not Shape.RECORD:
-            values = {i.parameter: frames[i.upstream] if i.shape is Shape.LAZYFRAME else frames[i.upstream].collect() for i in agent.inputs}
-            result = self._whole(values)
-            if agent.output_shape is Shape.RECORD:
-                return self._drawn(self._expect(result, Iterable))
-            return self._expect(result, (pl.LazyFrame, pl.DataFrame))
-        return self._records(frames)
+    @cached_property
+    def bound(self) -> Callable[[AgentContext, Mapping[str, Any]], Any]:
+        """The agent with its resources, for calls one after the other."""
+        return self.agent.bound(self._resources)
 
-    def _drawn(self, records: Iterable[Any]) -> Iterator[Any]:
+    @property
+    def answered_instead(self) -> bool:
+        """Whether the fallback answered anything."""
+        return self.asking.answered_instead
+
+    @property
+    def opened(self) -> BreakerOpenError | None:
+        """The refusal of an open breaker that the policy had an answer to; None where none was."""
+        return self.asking.opened
+
+    def loop(self) -> Loop:
+        """The step's event loop. Below a sync agent it is asked for by the fallback, from whichever thread."""
+        if self._loop is None:
+            self._loop = self._ends.enter_context(Loop(apart=not self.agent.is_async))
+        return self._loop
+
+    def summary(self) -> CallSummary:
+        """What the calls came to, those included that a killed step did not log. From here on, the rows are written."""
+        self._ends.close()
+        if self.answers is not None:
+            with self.telling("calls of a step that was killed were not logged"):
+                self.log.adopt(self.answers.unlogged())
+        summary = self.log.summary()
+        self.log.begin()
+        return summary
+
+    def __enter__(self) -> Calls:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self._end()
+            return
+        with suppress(MaoError):  # what went wrong first is told
+            summary = self.summary()
+            if isinstance(error, MaoError):
+                error.calls = summary
+        self._end()
+
+    def _end(self) -> None:
+        """Nothing of this fails a step that is sealed."""
+        self._ends.close()
+        is_logged = self.log.end()
+        if self.answers is not None:
+            with self.telling("calls will be logged twice"):
+                if is_logged:
+                    self.answers.logged()
+            with self.telling("answers may not survive a loss of power"):
+                self.answers.close()
+        with self.telling("other processes are not told that the last calls went well"):
+            self._gateway.flush()
+
+    @contextmanager
+    def telling(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreError as error:
+            logger.warning("agent %r: %s: %s", self.agent.name, what, error)
+
+
+def own(agent: Agent) -> Policy:
+    """The policy of an agent that answers for another one: its own, but for its answers, which nobody keeps."""
+    return replace(agent.policy or Policy(), keep_answers=0)
+
+
+# -- records, one by one ---------------------------------------------------------------------------------------------------------------
+
+
+class RecordCalls:
+    """A record-wise agent's calls, a chunk of records after the other: models of one chunk are alive at a time."""
+
+    def __init__(self, calls: Calls, step: Step) -> None:
+        self._calls, self._step, self._agent = calls, step, calls.agent
+        self._model, self._contract = calls.agent.output.model, calls.agent.output
+        self._asking, self._answers, self._tell = calls.asking, calls.answers, calls.log.tell
+        self._mark = calls.agent.output.from_fallback
+        self._results: list[Any] = []
+        self._failing = itertools.count(1)
+        self._unkept: str | None = None
+        in_turn = not calls.agent.is_async and calls.agent.concurrency in (None, 1)
+        # An `execute` that somebody put in the place of the agent's own, as tests do, is called by its name.
+        self._is_plain = in_turn and enforces_nothing(calls.policy) and "execute" not in vars(calls.agent)
+
+    def run(self, frames: Mapping[str, pl.LazyFrame]) -> Iterator[list[BaseModel]]:
+        """The outputs, in the order of the first keyed upstream, chunk by chunk."""
+        for chunk in chunks(self._agent.inputs, frames, self._calls.scratch):
+            try:
+                self._call(chunk)
+            except _TooManyError:
+                for _ in self._settled(chunk):
+                    pass
+                self._step.refuse_share()
+                raise
+            yield list(self._settled(chunk))
+            self._results = []
+            self._calls.log.settle()
+        if self._unkept is not None:
+            logger.warning("agent %r: answers were not kept, for they cannot be read back: %s", self._agent.name, self._unkept)
+
+    def _call(self, chunk: Chunk) -> None:
+        keys = list(map(self._calls.keys, chunk.records, chunk.inputs))
+        self._results = [None] * len(keys)
+        reused = self._reuse(keys, chunk.records)
+        wanted = [place for place in range(len(keys)) if place not in reused] if reused else range(len(keys))
+        if not wanted:
+            return
+        shown: Sequence[str | None] = [None] * len(keys) if self._calls.is_personal else chunk.records
+        self._chunk = chunk
+        if self._is_plain:
+            self._plainly(chunk, keys, shown)
+            return
+        values = chunk.values(wanted if reused else None)
+        ones = (
+            One(place, chunk.records[place], shown[place], keys[place], given, self._tell)
+            for place, given in zip(wanted, values, strict=True)
+        )
+        limit = self._agent.concurrency
+        if self._agent.is_async:
+            self._calls.loop().run(as_tasks(ones, self._awork, limit or ASYNC_CALLS))
+        elif limit is not None and limit > 1:
+            in_threads(ones, self._work, min(limit, len(wanted)))
+        else:
+            in_place(ones, self._work)
+
+    def _reuse(self, keys: Sequence[str], records: Sequence[str | None]) -> set[int]:
+        """Puts what was answered before in its place; the places."""
+        known = self._answers.known(keys) if self._answers is not None else {}
+        found: set[int] = set()
+        for place, key in enumerate(keys) if known else ():
+            if (answer := known.get(key)) is not None and (model := self._loaded(answer)) is not None:
+                self._results[place] = model
+                found.add(place)
+                self._tell((key, None if self._calls.is_personal else records[place], _reused(answer)))
+        return found
+
+    def _loaded(self, answer: Answer) -> Any:
+        try:
+            return self._marked(self._contract.load(answer.value), from_fallback=False)
+        except InvalidRecordsError:  # damaged, or the contract's validators judge otherwise now: it is asked again
+            return None
+
+    def _plainly(self, chunk: Chunk, keys: Sequence[str], shown: Sequence[str | None]) -> None:
+        """Calls on which nothing is enforced, in place: most agents' calls, and the agent's own work should be most of what they cost."""
+        call, of_call, records, clock = self._calls.bound, self._calls.context.of_call, chunk.records, time.perf_counter
+        places, begins, ends = list[int](), list[float](), list[float]()
+        with Meter() as meter:
+            try:
+                for place, values in enumerate(chunk.values()):
+                    begun = clock()
+                    try:
+                        value = call(of_call(records[place], keys[place]), values)
+                    except Exception as error:
+                        self._tell((keys[place], shown[place], meter.told(begun, clock(), error)))
+                        self._unanswered(place, error)
+                        continue
+                    ended = clock()
+                    if meter.used:
+                        self._tell((keys[place], shown[place], meter.told(begun, ended)))
+                    else:
+                        places.append(place)
+                        begins.append(begun)
+                        ends.append(ended)
+                    if isinstance(value, self._model):
+                        self._results[place] = value if self._mark is None else self._marked(value, from_fallback=False)
+                    else:
+                        self._unanswered(place, WrongAnswerError(type(value).__name__, self._contract.name))
+            finally:
+                started, seconds = map(meter.started_at, begins), map(sub, ends, begins)
+                self._calls.log.answered([keys[p] for p in places], [shown[p] for p in places], list(started), list(seconds))
+
+    def _unanswered(self, place: int, error: Exception) -> None:
+        one = One(place, None, None, "", {}, self._tell)  # there is no fallback that would be given anything
+        self._put(one, self._calls.asking.unanswered(one, error, self._is_answer, self._contract.name))
+
+    def _work(self, one: One) -> None:
+        outcome = self._asking.ask(one, self._is_answer, self._contract.name)
+        if self._put(one, outcome) and (value := self._dumped(one)) is not None:
+            self._answers.keep(one.key, one.shown, value, one.last)  # type: ignore[union-attr, arg-type]
+
+    async def _awork(self, one: One) -> None:
+        outcome = await self._asking.aask(one, self._is_answer, self._contract.name)
+        if self._put(one, outcome) and (value := self._dumped(one)) is not None:
+            await self._answers.akeep(one.key, one.shown, value, one.last)  # type: ignore[union-attr, arg-type]
+
+    def _is_answer(self, value: Any) -> bool:
+        return isinstance(value, self._model)
+
+    def _put(self, one: One, outcome: Outcome) -> bool:
+        """Puts a record's outcome in its place; whether it is an answer to be kept. Raises what ends the step."""
+        if type(outcome) is Answered:
+            self._results[one.place] = self._marked(outcome.value, from_fallback=outcome.told is None)
+            return self._answers is not None and outcome.told is not None
+        self._results[one.place] = outcome
+        if type(outcome) is Failed:
+            if self._step.aside is None:
+                error = outcome.instead or outcome.error
+                name = self._name(self._chunk.keys[one.place])
+                raise failed(self._agent, outcome.error, name, outcome.instead) from cause(self._agent, error)
+            if not self._step.may_set_aside(next(self._failing)):
+                raise _TooManyError
+        return False
+
+    def _marked(self, model: Any, *, from_fallback: bool) -> Any:
+        if self._mark is None or getattr(model, self._mark, None) is from_fallback:
+            return model
+        return model.model_copy(update={self._mark: from_fallback})
+
+    def _dumped(self, one: One) -> bytes | None:
+        try:
+            return self._contract.dump(self._results[one.place])
+        except (TypeError, ValueError) as error:
+            # It can be no row either: it is set aside, or the batch is refused, and it would be asked again.
+            self._unkept = type(error).__name__
+            return None
+
+    def _settled(self, chunk: Chunk) -> Iterator[BaseModel]:
+        """The models among the outcomes; the others go where they belong, in the order of the records, whatever order calls ended in."""
+        for place, outcome in enumerate(self._results):
+            if type(outcome) is Failed:
+                self._set_aside(chunk, place, outcome)
+            elif type(outcome) is Deferred:
+                self._step.deferrals.add(str(chunk.records[place]), outcome.why)
+            elif outcome is not None:
+                yield outcome
+
+    def _set_aside(self, chunk: Chunk, place: int, outcome: Failed) -> None:
+        aside, error = self._step.aside, outcome.error
+        assert aside is not None
+        if isinstance(error, ValidationError) and outcome.instead is None and error.title == _title(self._model):
+            aside.add_unmade(self._contract, chunk.keys[place], error)
+        else:
+            rule = f"execute: {_told(error)}"
+            aside.add_failed(chunk.keys[place], rule, [i for i in self._agent.inputs if i.contract.key], chunk.row(place))
+
+    def _name(self, key: Any) -> str:
+        """The record's key for an error text; nothing where the key is personal."""
+        return "" if self._calls.is_personal or key is None else f" on record {key!r}"
+
+
+class _TooManyError(Exception):
+    """More records failed than may be set aside."""
+
+
+def _told(error: Exception) -> str:
+    return f"returned {error.args[0]}" if isinstance(error, WrongAnswerError) else type(error).__name__
+
+
+def _title(model: type[BaseModel]) -> str:
+    return model.model_config.get("title") or model.__name__
+
+
+def _reused(answer: Answer) -> CallRecord:
+    return CallRecord(0, time.time(), 0.0, "reused", model=answer.told.model)
+
+
+# -- a whole batch -------------------------------------------------------------------------------------------------------------------
+
+
+class WholeCall:
+    """The one call of an agent that takes frames, or brings the batch in."""
+
+    def __init__(self, calls: Calls, step: Step) -> None:
+        self._calls, self._step, self._agent = calls, step, calls.agent
+        self._kept = KeptFrames(calls.store.objects, calls.attempt.pipeline, calls.agent.name)
+
+    def run(self, frames: Mapping[str, pl.LazyFrame], pinned: Sequence[Seal], files: ExitStack) -> pl.LazyFrame | Staged:
+        """What it answered, now or before, as a frame of the output contract's columns."""
+        calls, agent = self._calls, self._agent
+        key = calls.keys(None, self._digest(pinned))
+        if calls.answers is not None and (reused := self._reuse(calls.answers, key)) is not None:
+            return self._step.as_frame(reused, from_fallback=False)
+        values = {i.parameter: frames[i.upstream] if i.shape is Shape.LAZYFRAME else frames[i.upstream].collect() for i in agent.inputs}
+        one = One(0, None, None, key, values, calls.log.tell)
+        expects: Any = Iterable if agent.output_shape is Shape.RECORD else (pl.LazyFrame, pl.DataFrame)
+        outcome = self._asked(one, lambda value: isinstance(value, expects))
+        if not isinstance(outcome, Answered):
+            assert isinstance(outcome, Failed)
+            error = outcome.instead or outcome.error
+            raise failed(agent, outcome.error, "", outcome.instead) from cause(agent, error)
+        answer, from_fallback = outcome.value, outcome.told is None
+        if outcome.told is None or calls.answers is None:
+            return self._step.as_frame(self._drawn(answer), from_fallback=from_fallback)
+        kept = self._keep(answer, one, calls.answers, files)
+        if not isinstance(kept, Staged):
+            return self._step.as_frame(kept, from_fallback=False)
+        written = kept.scan()
+        made = self._step.as_frame(written, from_fallback=False)
+        return kept if made is written else made
+
+    def _asked(self, one: One, is_answer: Callable[[Any], bool]) -> Outcome:
+        asking, name = self._calls.asking, self._agent.output.name
+        if self._agent.is_async:
+            outcome: Outcome = self._calls.loop().run(asking.aask(one, is_answer, name))
+            return outcome
+        return asking.ask(one, is_answer, name)
+
+    def _drawn(self, answer: Any) -> Any:
         """An entry's records; a generator's own errors come while it is read."""
+        return answer if isinstance(answer, (pl.LazyFrame, pl.DataFrame)) else self._reading(answer)
+
+    def _reading(self, records: Iterable[Any]) -> Iterator[Any]:
         try:
             yield from records
         except MaoError:
@@ -59,155 +403,50 @@ class Call:
         except Exception as error:
             raise failed(self._agent, error) from cause(self._agent, error)
 
-    def _whole(self, values: Mapping[str, Any]) -> Any:
+    def _keep(self, answer: Any, one: One, answers: Answers, files: ExitStack) -> Any:
+        """The answer, kept: as it is, before anybody judges it. Records that can be no rows are no answer that could be kept."""
+        frame = answer
+        if not isinstance(answer, (pl.LazyFrame, pl.DataFrame)):
+            records = list(self._drawn(answer))
+            rows = self._step.rows_of(records)
+            if rows is None:
+                return records
+            frame = rows
+        batch = files.enter_context(sunk(self._calls.store, self._agent, frame.lazy()))
+        assert one.last is not None
+        kept = self._kept.keep(f"{one.key}-{hashlib.sha256(self._calls.attempt.run_id.encode()).hexdigest()[:16]}", batch)
+        answers.keep(one.key, None, kept.model_dump_json().encode(), one.last)
+        self._forget()
+        return batch
+
+    def _reuse(self, answers: Answers, key: str) -> pl.LazyFrame | None:
+        answer = answers.known([key]).get(key)
+        if answer is None:
+            return None
         try:
-            return _finished(self._acall(values)) if self._agent.is_async else self._call(values)
-        except Exception as error:
-            if isinstance(error, MaoError) and not isinstance(error, _OF_THE_CALL):
-                raise
-            raise failed(self._agent, error) from cause(self._agent, error)
+            frame = self._kept.read(KeptFile.model_validate_json(answer.value))
+        except (ValidationError, StoreError, pl.exceptions.PolarsError):
+            return None
+        if frame is not None:
+            self._calls.log.tell((key, None, _reused(answer)))
+        return frame
 
-    def _one(self, values: Mapping[str, Any]) -> Any:
-        try:
-            return self._call(values)
-        except Exception as error:
-            return self._unmade(error, values)
+    def _forget(self) -> None:
+        """Removes what was kept too long ago."""
+        with self._calls.telling("old answers could not be removed"):
+            self._kept.forget(max(self._calls.policy.keep_answers, _SHORTEST_KEPT))
 
-    def _call(self, values: Mapping[str, Any]) -> Any:
-        if self._gateway is None:
-            return self._agent.call(self._context, values, self._resources)
-        return self._gateway.call(self._agent.call, self._context, values, self._resources)
-
-    async def _acall(self, values: Mapping[str, Any]) -> Any:
-        if self._gateway is None:
-            return await self._agent.call(self._context, values, self._resources)
-        return await self._gateway.acall(self._agent.call, self._context, values, self._resources)
-
-    def _unmade(self, error: Exception, values: Mapping[str, Any]) -> _Unmade:
-        """What keeps the record's output from being made, to be set aside: it broke the contract, and that is wanted. Else raises."""
-        if isinstance(error, MaoError) and not isinstance(error, _OF_THE_CALL):
-            raise error
-        if self._aside is not None and isinstance(error, ValidationError) and error.title == _title(self._agent.output.model):
-            return _Unmade(self._key(values), error)
-        raise failed(self._agent, error, self._name(values)) from cause(self._agent, error)
-
-    def _expect(self, result: Any, kind: Any) -> Any:
-        if not isinstance(result, kind):
-            name = self._agent.output.name
-            raise AgentFailedError(
-                f"It returned {type(result).__name__}, not {name}", agent=self._agent.name, fix=f"return what it declares: {name}"
-            )
-        return result
-
-    def _records(self, frames: Mapping[str, pl.LazyFrame]) -> Iterator[BaseModel]:
-        """The outputs, in the order of the first keyed upstream, chunk by chunk: models of one chunk are alive at a time."""
-        for chunk in _joined(self._agent.inputs, frames):
-            outputs = _finished(self._concurrently(chunk)) if self._agent.is_async else [self._one(values) for values in chunk]
-            for output in outputs:
-                if isinstance(output, _Unmade) and self._aside is not None:
-                    # Only here, in the order of the records: the calls end in any order, and the same quarantine has the same bytes.
-                    self._aside.add_unmade(self._agent.output, output.key, output.error)
-                else:
-                    yield self._expect(output, self._agent.output.model)
-
-    async def _concurrently(self, chunk: Sequence[Mapping[str, Any]]) -> list[Any]:
-        room = asyncio.Semaphore(self._agent.concurrency or 16)
-
-        async def one(values: Mapping[str, Any]) -> Any:
-            async with room:
-                try:
-                    return await self._acall(values)
-                except Exception as error:
-                    return self._unmade(error, values)
-
-        tasks = [asyncio.ensure_future(one(values)) for values in chunk]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _key(self, values: Mapping[str, Any]) -> Any:
-        keys = (
-            getattr(values[i.parameter], i.contract.key) for i in self._agent.inputs if i.contract.key and values[i.parameter] is not None
-        )
-        return next(keys, None)
-
-    def _name(self, values: Mapping[str, Any]) -> str:
-        """The record's key for an error text; nothing where the key is personal."""
-        personal = any(i.contract.key in i.contract.personal for i in self._agent.inputs)
-        key = self._key(values)
-        return "" if personal or key is None else f" on record {key!r}"
+    def _digest(self, pinned: Sequence[Seal]) -> str:
+        """Of the inputs: the sealed bytes, and what of them the agent is given. An entry has none: what it brings in is of its attempt."""
+        if self._agent.is_entry:
+            return digest(json.dumps(["entry", self._calls.attempt.id]))
+        told = [_told_of(i, seal) for i, seal in zip(self._agent.inputs, pinned, strict=True)]
+        return digest(json.dumps(["frames", told, self._step.left_out()], sort_keys=True))
 
 
-def _title(model: type[BaseModel]) -> str:
-    return model.model_config.get("title") or model.__name__
-
-
-def failed(agent: Agent, error: BaseException, record: str = "") -> AgentFailedError:
-    """What becomes of an error of the agent's own: `raise failed(agent, error) from cause(agent, error)`."""
-    return AgentFailedError(
-        f"execute raised {type(error).__name__}{record}", agent=agent.name, fix="see the cause in the step's log; the batch was not sealed"
-    )
-
-
-def cause(agent: Agent, error: BaseException) -> BaseException:
-    """The error as it may be chained.
-
-    Its text may hold the values at hand. So where a contract of the agent has personal fields, only types and tracebacks are kept, and
-    which rules pydantic found broken.
-    """
-    contracts = [agent.output, *(i.contract for i in agent.inputs)]
-    return _withheld(error) if any(has_personal(contract.describe()) for contract in contracts) else error
-
-
-def _withheld(error: BaseException) -> BaseException:
-    told = _rules(error) if isinstance(error, ValidationError) else "its text is withheld: the agent handles personal data"
-    made = RuntimeError(f"{type(error).__name__}: {told}").with_traceback(error.__traceback__)
-    inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    made.__cause__ = None if inner is None else _withheld(inner)
-    return made
-
-
-def _rules(error: ValidationError) -> str:
-    # The first step only: further down, a location may be the key of a mapping, which came with the data.
-    broken = dict.fromkeys(f"{e['loc'][0] if e['loc'] else 'record'}: {e['type']}" for e in error.errors(include_input=False))
-    return f"{error.error_count()} validation errors for {error.title}: {'; '.join(broken)}"
-
-
-def _finished(awaitable: Any) -> Any:
-    """Awaits to the end, also where a loop is running already (a notebook)."""
-
-    async def main() -> Any:
-        return await awaitable
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(main())
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(copy_context().run, asyncio.run, main()).result()
-
-
-def _joined(inputs: Sequence[Input], frames: Mapping[str, pl.LazyFrame]) -> Iterator[list[dict[str, Any]]]:
-    """Chunks of `execute`'s arguments by parameter: one per key, or a single one when no upstream has a key."""
-    single = {i.parameter: next(i.contract.from_frame(frames[i.upstream].collect())) for i in inputs if not i.contract.key}
-    keyed = sorted((i for i in inputs if i.contract.key), key=lambda i: not i.required)
-    if not keyed:
-        yield [single]
-        return
-    first = keyed[0]
-    table = frames[first.upstream].select(pl.col(str(first.contract.key)).alias("key"), pl.struct(pl.all()).alias(first.parameter))
-    for other in keyed[1:]:
-        side = frames[other.upstream].select(pl.col(str(other.contract.key)).alias("key"), pl.struct(pl.all()).alias(other.parameter))
-        table = table.join(side, on="key", how="left", maintain_order="left")
-    for chunk in table.collect().iter_slices(CHUNK_RECORDS):
-        models = {i.parameter: _models(i, chunk[i.parameter]) for i in keyed}
-        yield [{**single, **dict(zip(models, values, strict=True))} for values in zip(*models.values(), strict=True)]
-
-
-def _models(wanted: Input, rows: pl.Series) -> list[Any]:
-    there = rows.is_not_null()
-    found = wanted.contract.from_frame(rows.filter(there).struct.unnest())
-    return [next(found) if is_there else None for is_there in there]
+def _told_of(wanted: Input, seal: Seal) -> list[Any]:
+    """What says which rows one upstream gives: the sealed bytes, and, where they are read under another contract, both."""
+    contract = wanted.contract
+    if seal.contract_hash == contract.hash:
+        return [wanted.upstream, seal.digest, contract.hash]
+    return [wanted.upstream, seal.digest, json.loads(seal.contract_schema), contract.describe()]

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import chain
 from typing import Any
@@ -16,9 +16,12 @@ from pydantic import BaseModel
 
 from dagster_mao.agent import Agent, Input
 from dagster_mao.boundary._aside import INPUT_SIDE, OUTPUT_SIDE, Aside
-from dagster_mao.boundary._call import CHUNK_RECORDS, cause, failed
 from dagster_mao.boundary._checks import BREAKER, OUTPUT, PINNED_BASE, Check, Severity, input_check, judged, refusal, with_failures
+from dagster_mao.boundary._deferrals import Deferrals
 from dagster_mao.boundary._expect import expected
+from dagster_mao.boundary._failure import cause, failed
+from dagster_mao.boundary._inputs import CHUNK_RECORDS
+from dagster_mao.boundary._scratch import Scratch, Spool
 from dagster_mao.contract import Contract, RuleFailure, Sifted, Verdict
 from dagster_mao.errors import (
     AgentFailedError,
@@ -31,7 +34,8 @@ from dagster_mao.errors import (
     StaleStateError,
     TamperedError,
 )
-from dagster_mao.state import Attempt, Provenance, Seal, Staged, StateStore, staged
+from dagster_mao.gateway import Policy
+from dagster_mao.state import Attempt, CallSummary, Provenance, Seal, Staged, StateStore, staged
 
 _SAMPLES = 5
 _LIBRARY_VERSION = version("dagster-mao")
@@ -39,21 +43,30 @@ _LIBRARY_VERSION = version("dagster-mao")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step. `reused`: the same output had been sealed by this attempt before, so no version was added."""
+    """What became of a step. `reused`: the same output had been sealed by this attempt before, so no version was added.
+
+    `calls`: what its calls came to.
+    """
 
     seal: Seal
     checks: tuple[Check, ...]
     reused: bool
+    calls: CallSummary = field(default_factory=CallSummary)
 
 
 class Step:
-    """One agent's way from its pins to its seal, the checks met on it, and the records set aside (`aside` is None without a quarantine)."""
+    """One agent's way from its pins to its seal, and the checks met on it.
 
-    def __init__(self, store: StateStore, agent: Agent, attempt: Attempt) -> None:
-        self._store, self._agent, self._output, self._attempt = store, agent, agent.output, attempt
+    `aside` are the records set aside (None without a quarantine), `deferrals` those that wait for another run.
+    """
+
+    def __init__(self, store: StateStore, agent: Agent, attempt: Attempt, scratch: Scratch) -> None:
+        self._store, self._agent, self._output, self._attempt, self._scratch = store, agent, agent.output, attempt, scratch
         self._checks: dict[str, Check] = {}
         self.aside = Aside(attempt.id) if agent.quarantine else None
+        self.deferrals = Deferrals(agent)
         self._came_in = 0  # records to account for; counted only where some may be set aside
+        self._refused_before = 0  # of them, those set aside before the agent was called
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -63,21 +76,31 @@ class Step:
         except MaoError as error:
             if isinstance(error, (PinError, StaleStateError, FencedError, TamperedError)):
                 self._checks[PINNED_BASE] = Check(PINNED_BASE, False, str(error), self._pins_metadata([]))
-            if isinstance(error, BreakerOpenError):
-                facts = {
-                    "breaker": error.breaker,
-                    "since": error.since.isoformat(),
-                    "why": error.why,
-                    "retry_after_seconds": error.retry_after,
-                }
-                self._checks[BREAKER] = Check(BREAKER, False, error.what, facts)
+            if isinstance(error, BreakerOpenError) and self._has_breaker_check:
+                self._checks[BREAKER] = Check(BREAKER, False, error.what, _opened(error))
             error.agent, error.workflow = error.agent or self._agent.name, error.workflow or self._attempt.workflow_id
             error.checks = tuple(self._checks.values())
             raise
 
-    def breaker_held(self) -> None:
-        """Notes that no call of the agent was refused."""
-        if self._agent.policy and self._agent.policy.breaker:
+    @property
+    def _has_breaker_check(self) -> bool:
+        """Whether the check is declared: by the agent, whatever an operator's override makes of its policy."""
+        return bool(self._agent.policy and self._agent.policy.breaker)
+
+    def tell_breaker(self, policy: Policy, opened: BreakerOpenError | None, fallbacks: int) -> None:
+        """How the breaker stood. `opened` is the refusal that the fallback, or waiting, was the answer to; None where none was refused."""
+        if not self._has_breaker_check:
+            return
+        if opened is not None:
+            waiting = f"{self.deferrals.own:,} records wait for the next run" if self.deferrals.own else ""
+            instead = f"{fallbacks:,} answers are the fallback's" if fallbacks else ""
+            told = "; ".join(part for part in (waiting, instead) if part) or "all its calls were answered in the end"
+            facts = {**_opened(opened), "deferred": self.deferrals.own, "fallbacks": fallbacks}
+            what = f"Open since {opened.since:%Y-%m-%d %H:%M:%S} UTC ({opened.why}): {told}"
+            self._checks[BREAKER] = Check(BREAKER, False, what, facts, "warn")
+        elif policy.breaker is None:
+            self._checks[BREAKER] = Check(BREAKER, True, "No breaker in force: an operator switched it off")
+        else:
             self._checks[BREAKER] = Check(BREAKER, True, "Closed: all calls were let through")
 
     def keep_aside(self, quarantined: pl.DataFrame) -> None:
@@ -96,8 +119,10 @@ class Step:
         """The versions that it may read, one per input."""
         pinned = [self._attempt.pin(i.upstream) for i in self._agent.inputs]
         self._attempt.require_one_entry(self._agent.name, pinned)
+        self.deferrals.carry(self._store, pinned)
         told = ", ".join(f"{seal.agent}@{seal.version}" for seal in pinned) or "nothing: it is the entry"
-        self._checks[PINNED_BASE] = Check(PINNED_BASE, True, f"Reads {told}", self._pins_metadata(pinned))
+        waiting = f"; {self.deferrals.carried:,} records wait for another run above" if self.deferrals.carried else ""
+        self._checks[PINNED_BASE] = Check(PINNED_BASE, True, f"Reads {told}{waiting}", self._pins_metadata(pinned))
         return pinned
 
     def _pins_metadata(self, pinned: Sequence[Seal]) -> dict[str, Any]:
@@ -107,6 +132,7 @@ class Step:
             "attempt": attempt.id,
             "base": attempt.base,
             "parents": [seal.as_parent.model_dump() for seal in pinned],
+            **({"deferred": self.deferrals.carried} if self.deferrals.carried else {}),
         }
 
     def read(self, pinned: Sequence[Seal]) -> dict[str, pl.LazyFrame]:
@@ -118,17 +144,39 @@ class Step:
         self._align(frames)
         self._refuse_if_failed()
         frames = self._without_aside(frames)
-        self._came_in = _records_read(self._agent, frames, self.aside)
+        if self.aside is not None or self.deferrals.carried:
+            self._count_in(frames)
         self._limit_share()
         return frames
 
+    def _count_in(self, frames: Mapping[str, pl.LazyFrame]) -> None:
+        driver = _driver(self._agent, frames)
+        if driver is None:
+            return
+        left = _count(driver[1])
+        if not left and self.deferrals.carried:
+            raise PinError(
+                f"All {self.deferrals.carried:,} records that it could read wait for another run",
+                agent=self._agent.name,
+                workflow=self._attempt.workflow_id,
+                fix="materialise the agents above it again: they ask only for what was not answered",
+            )
+        self._refused_before = self._quarantined()
+        self._came_in = left + self._refused_before + self.deferrals.told
+
+    def left_out(self) -> list[str]:
+        """Keys of records that are in what was pinned, and are not given to the agent."""
+        aside = self.aside.keys if self.aside is not None else set()
+        return sorted({*aside, *self.deferrals.carried_records})
+
     def _held(self, wanted: Input, seal: Seal) -> pl.LazyFrame:
         """One upstream's rows, held to the consumer's contract."""
-        contract, rows = wanted.contract, self._upgraded(wanted, seal)
+        contract, rows = wanted.contract, self.deferrals.without(self._upgraded(wanted, seal), wanted.contract.key)
         # The producer's check of the very same contract on the very same bytes is in the seal.
         proven = seal.contract_hash == contract.hash
         if proven:
-            verdict = Verdict(contract.name, seal.row_count, 0, ())
+            waiting = bool(self.deferrals.carried and contract.key)
+            verdict = Verdict(contract.name, _count(rows) if waiting else seal.row_count, 0, ())
         elif self.aside is None:
             verdict = contract.check(rows)
         else:
@@ -180,18 +228,23 @@ class Step:
 
     # -- what it made ----------------------------------------------------------------------------------------------------------------
 
-    def as_frame(self, result: Any) -> pl.LazyFrame:
-        """What an agent returned, as a frame of the output contract's columns. Its values are judged later, its columns and dtypes here."""
+    def as_frame(self, result: Any, *, from_fallback: bool | None = None) -> pl.LazyFrame:
+        """What an agent returned, as a frame of the output contract's columns. Its values are judged later, its columns and dtypes here.
+
+        `from_fallback` says who answered, for the field that is marked so; None for records that were handed in, which say it themselves.
+        """
         if isinstance(result, (pl.LazyFrame, pl.DataFrame)):
             frame = result.lazy()
         elif isinstance(result, BaseModel):
-            frame = self._to_frame([result])
+            frame = self._to_frame([[result]])
         elif isinstance(result, Iterable) and not isinstance(result, (str, bytes, Mapping)) and not hasattr(result, "__arrow_c_stream__"):
-            frame = self._to_frame(result)
+            frame = self._to_frame(_chunks(result))
         else:
             # Another library's frame is iterable, by the names of its columns: they are no records, and no quarantine is to have them.
             what = f"It returned {type(result).__name__}, neither records nor a polars frame"
             raise AgentFailedError(what, agent=self._agent.name, fix=f"return {self._output.name} records or a frame of them")
+        if from_fallback is not None and self._output.from_fallback is not None:
+            frame = frame.with_columns(pl.lit(from_fallback).alias(self._output.from_fallback))
         try:
             schema = frame.collect_schema()
         except pl.exceptions.PolarsError as error:
@@ -200,40 +253,73 @@ class Step:
         if failures:
             self._judge(OUTPUT, self._output, Verdict(self._output.name, 0, 0, failures), failures)
             self._refuse_if_failed()
+        if schema == self._output.schema and schema.names() == self._output.schema.names():
+            return frame
         nulls = [pl.col(name).cast(self._output.schema[name]) for name, dtype in schema.items() if dtype == pl.Null]
         return frame.with_columns(nulls).select(list(self._output.schema))
 
-    def _to_frame(self, records: Iterable[Any]) -> pl.LazyFrame:
-        frames, chunks = [self._output.to_frame([])], _chunks(records)
-        for chunk in chunks:
+    def of_records(self, answered: Iterable[Sequence[BaseModel]]) -> pl.LazyFrame:
+        """What a record-wise agent answered, chunk by chunk, as a frame of the output contract's columns."""
+        return self._to_frame(answered, called=True)
+
+    def rows_of(self, records: Sequence[Any]) -> pl.DataFrame | None:
+        """Records as rows; None where one of them can be no row."""
+        rows, refused = self._output.sift_records(records)
+        return None if refused else rows
+
+    def _to_frame(self, chunks: Iterable[Sequence[Any]], *, called: bool = False) -> pl.LazyFrame:
+        rows, rest = Spool(self._scratch, self._output.schema), iter(chunks)
+        for chunk in rest:
             if self.aside is not None:
-                rows, refused = self._output.sift_records(chunk)
+                made, refused = self._output.sift_records(chunk)
                 self.aside.add_refused(OUTPUT_SIDE, self._output, refused)
-                frames.append(rows)
+                rows.append(made)
                 continue
             try:
-                frames.append(self._output.to_frame(chunk))
+                rows.append(self._output.to_frame(chunk))
             except InvalidRecordsError:
-                verdict = self._output.check_records(chain(chunk, chain.from_iterable(chunks)))
+                # All of them are judged, unless that would be further calls.
+                verdict = self._output.check_records(chunk if called else chain(chunk, chain.from_iterable(rest)))
                 self._judge(OUTPUT, self._output, verdict, verdict.failures)
                 self._refuse_if_failed()
-        return pl.concat(frames).lazy()
+        return rows.scan()
 
     def seal(
-        self, frame: pl.LazyFrame, pinned: Sequence[Seal], read: Mapping[str, pl.LazyFrame], *, started: float, **provenance: Any
+        self,
+        frame: pl.LazyFrame | Staged,
+        pinned: Sequence[Seal],
+        read: Mapping[str, pl.LazyFrame],
+        *,
+        started: float,
+        policy: Policy | None = None,
+        overridden: bool = False,
+        opened: BreakerOpenError | None = None,
+        answered_instead: bool = False,
+        summary: CallSummary | None = None,
+        **provenance: Any,
     ) -> Outcome:
-        """Holds the batch to the output contract and makes it a version, with what was set aside beside it."""
+        """Holds the batch to the output contract and makes it a version, with what was set aside and what waits beside it.
+
+        `opened` is the breaker's refusal that the `policy` in force had an answer to, `summary` what the calls came to.
+        """
         contract = self._output
+        if policy is not None:
+            self.tell_breaker(policy, opened, 0)
         with ExitStack() as files:
-            batch = files.enter_context(_sunk(self._store, self._agent, frame))
+            batch = frame if isinstance(frame, Staged) else files.enter_context(sunk(self._store, self._agent, frame))
             rows, kept = self._judge_output(batch.scan(), read)
             self._refuse_if_failed()
             if not self._agent.inputs:
                 self._came_in = rows + self._quarantined()
             self._limit_share()
-            self._tell_quarantined()
+            self._tell_aside()
+            if not rows and not self._quarantined() and self.deferrals.own and opened is not None:
+                raise opened
             if kept is not None:
-                batch = files.enter_context(_sunk(self._store, self._agent, kept))
+                batch = files.enter_context(sunk(self._store, self._agent, kept))
+            fallbacks = self._fallbacks(batch) if answered_instead else 0
+            if policy is not None:
+                self.tell_breaker(policy, opened, fallbacks)
             self._expect(batch, rows)
             sealed, reused = self._attempt.seal(
                 self._agent.name,
@@ -243,6 +329,8 @@ class Step:
                 parents=[seal.as_parent for seal in pinned],
                 quarantine=self._staged_aside(files),
                 quarantined=self._quarantined(),
+                deferred=self._staged_deferred(files),
+                deferred_count=self.deferrals.told,
                 provenance=Provenance(
                     contract=contract.name,
                     contract_version=contract.version,
@@ -251,10 +339,21 @@ class Step:
                     key=contract.key,
                     latency_seconds=round(time.perf_counter() - started, 6),
                     library_version=_LIBRARY_VERSION,
+                    fallbacks=fallbacks or None,
+                    policy=json.dumps(policy.describe(), sort_keys=True) if policy is not None and overridden else None,
+                    usage=summary.model_dump_json() if summary is not None and summary != CallSummary() else None,
                     **provenance,
                 ),
             )
-        return Outcome(sealed, tuple(self._checks.values()), reused)
+        return Outcome(sealed, tuple(self._checks.values()), reused, summary or CallSummary())
+
+    def _fallbacks(self, batch: Staged) -> int:
+        """How many of the rows to be sealed are the fallback's."""
+        answered = pl.col(str(self._output.from_fallback))
+        return int(batch.scan().select(answered.sum()).collect(engine="streaming").item())
+
+    def _staged_deferred(self, files: ExitStack) -> Staged | None:
+        return files.enter_context(staged(self._store.objects, self.deferrals.frame())) if self.deferrals.told else None
 
     def _judge_output(self, batch: pl.LazyFrame, read: Mapping[str, pl.LazyFrame]) -> tuple[int, pl.LazyFrame | None]:
         """How many rows keep the contract; and these rows, where they are not all."""
@@ -300,7 +399,7 @@ class Step:
         contract, alien = self._output, _absent(made, given)
         if len(alien):
             self._add_failures(OUTPUT, contract, [_key_failure("record returned, but never read", contract, alien)], "error")
-        lost, rule = _absent(given, made), "record read, but not returned"
+        lost, rule = self.deferrals.without_own(_absent(given, made)), "record read, but not returned"
         if self.aside is not None:
             lost = lost.filter(~lost.cast(pl.String).is_in(pl.Series(sorted(self.aside.keys), dtype=pl.String).implode()))
             self.aside.add_keys(OUTPUT_SIDE, None, contract, lost, rule)
@@ -315,19 +414,37 @@ class Step:
             return 0
         return len(self.aside.keys) if self._agent.inputs else len(self.aside)
 
-    def _tell_quarantined(self) -> None:
-        """How many were kept out stands beside the rows, which are those that could be judged as rows."""
+    def _tell_aside(self) -> None:
+        """How many were kept out, and wait, stands beside the rows, which are those that could be judged as rows."""
+        check, told = self._checks[OUTPUT], dict[str, int]()
         if self.aside is not None:
-            check = self._checks[OUTPUT]
-            self._checks[OUTPUT] = replace(check, metadata={**check.metadata, "quarantined": self._quarantined()})
+            told["quarantined"] = self._quarantined()
+        if self.deferrals.told:
+            told["deferred"] = self.deferrals.told
+        self._checks[OUTPUT] = replace(check, metadata={**check.metadata, **told})
 
     def _staged_aside(self, files: ExitStack) -> Staged | None:
         return files.enter_context(staged(self._store.objects, self.aside.frame())) if self.aside else None
 
+    def may_set_aside(self, more: int) -> bool:
+        """Whether the declared share can still be kept when so many of the records are set aside that the agent was called with."""
+        return self._agent.quarantine is not None and not self._is_past(self._refused_before + more)
+
+    def refuse_share(self) -> None:
+        """Refuses the batch, in the middle of the agent's calls, for what was set aside until now."""
+        if self.aside is not None:
+            failures = self.aside.failures(self._output, OUTPUT_SIDE, _SAMPLES)
+            self._judge(OUTPUT, self._output, Verdict(self._output.name, 0, 0, ()), failures)
+            self._limit_share()
+
+    def _is_past(self, quarantined: int) -> bool:
+        # Divided, as whoever wrote 0.29 meant 29 of 100: the product with 100 is a little less than 29.
+        assert self._agent.quarantine is not None
+        return bool(self._came_in) and quarantined / self._came_in > self._agent.quarantine.max_share
+
     def _limit_share(self) -> None:
         """Fails the batch after all when more is set aside than was declared."""
-        # Divided, as whoever wrote 0.29 meant 29 of 100: the product with 100 is a little less than 29.
-        if self._agent.quarantine is None or not self._came_in or self._quarantined() / self._came_in <= self._agent.quarantine.max_share:
+        if self._agent.quarantine is None or not self._is_past(self._quarantined()):
             return
         share = f"{self._quarantined()} of {self._came_in} records; at most {self._agent.quarantine.max_share:.1%} may be quarantined"
         for name, check in self._checks.items():
@@ -366,8 +483,18 @@ def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
+def _opened(error: BreakerOpenError) -> dict[str, Any]:
+    told = {"breaker": error.breaker, "since": error.since.isoformat(), "why": error.why}
+    return {**told, "retry_after_seconds": error.retry_after}
+
+
+def _count(frame: pl.LazyFrame) -> int:
+    return int(frame.select(pl.len()).collect(engine="streaming").item())
+
+
 @contextmanager
-def _sunk(store: StateStore, agent: Agent, frame: pl.LazyFrame) -> Iterator[Any]:
+def sunk(store: StateStore, agent: Agent, frame: pl.LazyFrame) -> Iterator[Staged]:
+    """The frame evaluated into a file that is gone at the end, unless it was adopted."""
     # Only what evaluating the agent's own expressions raises is the agent's failure; the disk's comes as a StoreError.
     context = staged(store.objects, frame)
     try:
@@ -415,10 +542,3 @@ def _one_record(contract: Contract[Any], rows: int) -> list[RuleFailure]:
     if contract.key or rows == 1:
         return []
     return [RuleFailure("exactly one record, as the contract has no key", None, rows, ())]
-
-
-def _records_read(agent: Agent, frames: Mapping[str, pl.LazyFrame], aside: Aside | None) -> int:
-    driver = _driver(agent, frames)
-    if aside is None or driver is None:
-        return 0
-    return int(driver[1].select(pl.len()).collect(engine="streaming").item()) + len(aside.keys)

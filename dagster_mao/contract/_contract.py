@@ -9,7 +9,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any, Generic, TypeVar, cast
 
 import polars as pl
@@ -321,10 +321,10 @@ class Contract(Generic[M]):
         Raises InvalidRecordsError: wrong columns, or a row that pydantic refuses, by position and field.
         """
         rows = self.select(frame.lazy()).collect()
-        validate, decode = _validator(self.model), decode_struct(self.fields)
+        validate, (_, decode) = _validator(self.model), self._loading
         for position, row in enumerate(rows.iter_rows(named=True)):
             try:
-                model = validate(decoded(row, decode))
+                model = validate(row if decode is None else decode(row))
             except ValidationError as refused:
                 raise _refused(position, self.name, refused) from None
             except UndecodableError as refused:
@@ -344,7 +344,7 @@ class Contract(Generic[M]):
         restore, decode = self._loading
         try:
             row = loaded(data, restore)
-            return cast(M, _validator(self.model)(decoded(row, decode)))
+            return cast(M, _validator(self.model)(row if decode is None else decode(row)))
         except ValidationError as refused:
             raise _refused(0, self.name, refused) from None
         except (UndecodableError, ValueError, ArithmeticError, AttributeError, TypeError) as error:
@@ -393,8 +393,7 @@ def _refused(position: int, name: str, refused: ValidationError) -> InvalidRecor
 def _validator(model: type[M]) -> Any:
     # The column types were compared exactly, so lax mode converts representations only: the text of a UUID, the value of an Enum. Columns
     # have the names of the fields, whatever the aliases.
-    core = model.__pydantic_validator__
-    return lambda row: core.validate_python(row, strict=False, by_name=True, by_alias=False)
+    return partial(model.__pydantic_validator__.validate_python, strict=False, by_name=True, by_alias=False)
 
 
 def _judges(model: type[BaseModel], fields: tuple[Field, ...]) -> Iterator[Judge]:

@@ -93,6 +93,9 @@ def encode_int(value: Any) -> int:
     return int(value)
 
 
+encode_int.plain = frozenset({int})  # type: ignore[attr-defined]  # what does not fit, the column refuses
+
+
 def encode_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"is {_kind(value)}, not float")

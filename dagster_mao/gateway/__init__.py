@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_mao.gateway._gateway import Gateway, shared_store
 from dagster_mao.gateway._key import CallKeys, idempotency_key
+from dagster_mao.gateway._meter import Meter, enforces_nothing
 from dagster_mao.gateway._policy import Breaker, Policy, TransientError, parse_rate
 from dagster_mao.gateway._record import CallOutcome, CallRecord, usage
 from dagster_mao.gateway._retry import retry_after
@@ -19,9 +20,11 @@ __all__ = [
     "CallOutcome",
     "CallRecord",
     "Gateway",
+    "Meter",
     "Policy",
     "TransientError",
     "Unlogged",
+    "enforces_nothing",
     "idempotency_key",
     "parse_rate",
     "retry_after",
