@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from operator import sub
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from pydantic import BaseModel, ValidationError
@@ -28,8 +28,11 @@ from dagster_mao.boundary._scratch import Scratch
 from dagster_mao.boundary._step import Step, sunk
 from dagster_mao.boundary._ways import Loop, as_tasks, in_place, in_threads
 from dagster_mao.errors import BreakerOpenError, InvalidRecordsError, MaoError, StoreError
-from dagster_mao.gateway import Answer, Answers, CallKeys, CallRecord, Gateway, Meter, Policy, enforces_nothing, shared_store
+from dagster_mao.gateway import CallKeys, CallRecord, Gateway, Meter, Policy, enforces_nothing, shared_store
 from dagster_mao.state import Attempt, CallSummary, KeptFile, KeptFrames, Seal, Staged, StateStore
+
+if TYPE_CHECKING:
+    from dagster_mao.gateway import Answer, Answers
 
 _SHORTEST_KEPT = 3600.0  # seconds: the file of an answer outlives it, however short that is
 ASYNC_CALLS = 16  # of a record-wise async agent, in flight by default
@@ -68,6 +71,8 @@ class Calls:
         self.answers: Answers | None = None
         if policy.keep_answers > 0:
             fingerprint = json.dumps([agent.agent_version, config, agent.model, agent.output.hash])
+            from dagster_mao.gateway import Answers  # SQLAlchemy is imported by steps that need it
+
             self.answers = Answers(
                 shared_store(str(store.database)),  # without one there is no gateway
                 pipeline=attempt.pipeline,

@@ -6,13 +6,16 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from dagster_mao.boundary._scratch import Scratch, Spool
-from dagster_mao.gateway import CallRecord, Unlogged
+from dagster_mao.gateway import CallRecord
 from dagster_mao.state import CALLS_SCHEMA, CallSummary, StateStore
+
+if TYPE_CHECKING:
+    from dagster_mao.gateway import Unlogged
 
 _AT_A_TIME = 10_000
 _TOLD: dict[str, Any] = {
