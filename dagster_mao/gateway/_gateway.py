@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +198,8 @@ class _Try:
             else:  # the step was interrupted, which says nothing about the called side
                 admission.released()
         if self._is_metered:
-            sink.reset(self._token)
+            with suppress(ValueError):  # a coroutine that nobody awaits any more is closed in another context, with another sink
+                sink.reset(self._token)
             used = total(self._told) if self._told else _NOTHING
             if self._quota is not None and self._reserved is not None and self._reserved.tokens is not None:
                 self._quota.used(self._reserved, used.tokens, error)

@@ -59,8 +59,8 @@ def usage(
 
     `cost` in whatever currency all agents of a store use. None says nothing: in the call log it is 0, and a call that says nothing of its
     tokens counts in a token limit as estimated, one that says 0 as 0. What a call told before it failed, or before its timeout was over,
-    counts too. Outside of a call (a unit test) it does nothing; nor in a thread that `execute` starts itself without its context
-    (`asyncio.to_thread` takes it along).
+    counts too. Outside of a call (a unit test) it does nothing; nor in a process that `execute` starts, or in a thread that it starts
+    without its context (`asyncio.to_thread` takes it along).
     """
     tell = sink.get()
     if tell is not None:

@@ -33,7 +33,7 @@ GRACE = 1.0  # seconds that a cancelled coroutine has for its clean-up
 STARTUP = 120.0  # seconds that a child process may take to start and to import what it is to call
 _IDLE = 60.0  # seconds that a child process waits for the next call before it ends
 _OVERDUE = 1.0  # seconds after its timeout at which a call ends by itself, should nobody be left to kill it
-_DRAINED = 0.1  # seconds after a timeout in which is read what the call told before it
+_DRAINED = 1000  # messages that are still read when the time is over: what the call told before, and, it may be, its answer
 
 
 def _timed_out(seconds: float) -> CallTimeoutError:
@@ -238,6 +238,7 @@ class _Worker:
             raise CallProcessError(f"No child process can be started here: {error}", fix="do without `isolate`") from error
         finally:
             theirs.close()
+        self._is_up = False
         if not _workers:
             util.Finalize(None, _end_workers, exitpriority=100)  # before multiprocessing waits for its children; atexit would be too late
         _workers.add(self)
@@ -246,20 +247,18 @@ class _Worker:
         """Makes a pickled call. Raises `_EndedBefore`, `CallTimeoutError`, and `CallProcessError` when the process dies of it."""
         ready = False
         try:
+            if not self._is_up:
+                self._get_ready()  # a call may be too large to be sent to nobody
+                self._is_up = True
             self._connection.send(timeout)
             self._connection.send_bytes(call)
-            if not self._connection.poll(STARTUP):
-                raise CallTimeoutError(
-                    f"The child process was not ready for the call within {STARTUP:g} seconds",
-                    seconds=STARTUP,
-                    fix="see what the modules do that it imports",
-                )
-            answer: Answer | None = self._connection.recv()
+            answer: Answer | None = self._get_ready()
             ready = True
-            deadline = time.monotonic() + timeout
+            deadline, late = time.monotonic() + timeout, 0
             while answer is None:
                 left = deadline - time.monotonic()
-                if left < -_DRAINED or not self._connection.poll(max(0.0, left)):
+                late += left < 0
+                if late > _DRAINED or not self._connection.poll(max(0.0, left)):
                     raise _timed_out(timeout)
                 said: Answer | Used = self._connection.recv()
                 if isinstance(said, Used):
@@ -278,6 +277,15 @@ class _Worker:
             raise
         _idle.append(self)
         return answer
+
+    def _get_ready(self) -> Any:
+        if not self._connection.poll(STARTUP):
+            raise CallTimeoutError(
+                f"The child process was not ready for the call within {STARTUP:g} seconds",
+                seconds=STARTUP,
+                fix="see what the modules do that it imports",
+            )
+        return self._connection.recv()
 
     def kill(self, *, whole_group: bool = True) -> None:
         """Ends the process at once, and those it started."""
@@ -323,6 +331,7 @@ def _serve(connection: Connection[Any, Any]) -> None:
         os.setsid()  # a group that can be killed as one
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):
+        connection.send(None)
         while connection.poll(_IDLE):
             timeout = connection.recv()
             data = connection.recv_bytes()
@@ -344,13 +353,15 @@ def _serve(connection: Connection[Any, Any]) -> None:
 
 
 class _Telling:
-    """Sends to the parent what the call tells by `usage`, from any of its threads; nothing of what one tells that outlives the call."""
+    """Sends to the parent what the call tells by `usage`, from any of its threads; nothing that outlives the call, nor from its forks."""
 
     def __init__(self, connection: Connection[Any, Any]) -> None:
         self._connection: Connection[Any, Any] | None = connection
-        self._lock = threading.Lock()
+        self._lock, self._pid = threading.Lock(), os.getpid()
 
     def __call__(self, used: Used) -> None:
+        if self._pid != os.getpid():
+            return
         with self._lock, contextlib.suppress(OSError):  # nobody is left to be told
             if self._connection is not None:
                 self._connection.send(used)

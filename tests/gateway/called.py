@@ -1,6 +1,7 @@
 """What is called in a child process, which imports this module."""
 
 import contextvars
+import os
 import threading
 
 import dagster_mao as mao
@@ -29,6 +30,22 @@ def outlived() -> None:
 
 
 _left, _told = threading.Event(), threading.Event()
+
+
+def outlived_by_a_fork() -> None:
+    """Leaves a process behind that tells, at once and later."""
+    mao.usage(input_tokens=1)
+    if os.fork() == 0:
+        for _ in range(2000):
+            mao.usage(input_tokens=1_000_000)
+        os._exit(0)
+    os.wait()
+
+
+def chatters() -> None:
+    """Never ends, and never stops telling."""
+    while True:
+        mao.usage(input_tokens=1)
 
 
 def after_it() -> int:

@@ -17,7 +17,7 @@ import dagster_mao as mao
 from dagster_mao.gateway import Breaker, CallRecord, Gateway, Policy
 from dagster_mao.gateway._limit import _LIMITS
 from dagster_mao.gateway._shared import SharedStore
-from tests.gateway.called import after_it, outlived, tells
+from tests.gateway.called import after_it, chatters, outlived, outlived_by_a_fork, tells
 from tests.gateway.crew import until
 
 UNGUARDED = Policy(keep_answers=0)
@@ -185,6 +185,22 @@ def test_what_outlives_a_call_in_its_child_tells_the_next_one_nothing() -> None:
     assert [record.input_tokens for record in calls.told] == [1, 2]
 
 
+def test_what_a_call_forks_tells_nothing() -> None:
+    """It has the connection to the parent, on which the next call's answer is awaited."""
+    calls = Calls(Policy(timeout=60, isolate=True, keep_answers=0))
+    calls(outlived_by_a_fork)
+    calls(tells, "answer")
+    assert [record.input_tokens for record in calls.told] == [1, 30]
+
+
+def test_a_call_in_a_child_that_never_stops_telling_is_ended_too() -> None:
+    calls = Calls(Policy(timeout=0.5, isolate=True, keep_answers=0))
+    with pytest.raises(mao.CallTimeoutError):
+        calls(chatters)
+    assert calls.told[0].outcome == "timed_out"
+    assert calls.told[0].input_tokens > 0
+
+
 # -- many at once --------------------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +306,25 @@ def test_a_call_that_is_cancelled_is_told_with_what_it_used(tmp_path: Path) -> N
     assert calls.without_times() == [
         CallRecord(1, 0.0, 0.0, "failed", "asyncio.exceptions.CancelledError", input_tokens=10, breaker="closed")
     ]
+
+
+class Hanging:
+    def __await__(self) -> Any:
+        yield
+
+
+def test_a_coroutine_that_is_closed_elsewhere_is_told_and_closed(tmp_path: Path) -> None:
+    """As the garbage collector closes one whose loop is gone: in its own context, not in the call's."""
+    calls = Calls(Policy(breaker=Breaker()), tmp_path)
+
+    async def hangs() -> None:
+        mao.usage(input_tokens=10)
+        await Hanging()
+
+    coroutine = calls.gateway.acall(hangs, observe=calls.told.append)
+    contextvars.copy_context().run(coroutine.send, None)
+    coroutine.close()
+    assert calls.without_times() == [CallRecord(1, 0.0, 0.0, "failed", "GeneratorExit", input_tokens=10, breaker="closed")]
 
 
 def test_outside_of_a_call_usage_does_nothing() -> None:

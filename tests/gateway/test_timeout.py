@@ -417,6 +417,22 @@ def test_a_child_that_never_gets_ready_is_told_and_killed(monkeypatch: pytest.Mo
     assert not _timeout._workers
 
 
+def test_a_call_that_is_too_large_for_the_pipe_waits_for_no_child_that_hangs(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import threading
+        from dagster_mao.gateway import _timeout
+        if __name__ != "__main__":
+            threading.Event().wait()  # what a child imports, too
+        _timeout.STARTUP = 1.0
+        _timeout.call_in_child(len, (b" " * 10_000_000,), {}, timeout=30)
+        """)
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert "was not ready for the call within 1 seconds" in done.stderr
+
+
 def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

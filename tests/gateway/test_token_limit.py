@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dagster_mao as mao
-from dagster_mao.gateway import Breaker, Gateway, Policy, _gateway, shared_store
+from dagster_mao.gateway import Breaker, CallRecord, Gateway, Policy, _gateway, shared_store
 from dagster_mao.gateway._breaker import open_breaker
 from dagster_mao.gateway._limit import _LIMITS, Limiter
 from dagster_mao.gateway._quota import Quota
@@ -246,6 +247,61 @@ def test_whoever_is_cancelled_while_it_reserves_leaves_nothing_reserved(tmp_path
     asyncio.run(main())
     asking.gateway.flush()
     assert all_counted(asking.shared) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_becomes_of_calls_the_limits_count_those_that_were_made(tmp_path: Path, seed: int) -> None:
+    """Calls that answer, fail, hang, are tried again, and are cancelled at any moment: before, in, and between their tries."""
+    chance = random.Random(seed)
+    policy = Policy(
+        rate_limit="40/hour",
+        token_limit="100000/hour",
+        tokens_per_call=100,
+        timeout=0.05,
+        retries=2,
+        breaker=Breaker(fail_max=3, reset_timeout=0.05),
+    )
+    gateway, shared = Gateway(policy, "shop.asking", str(tmp_path / "shared.db")), shared_store(str(tmp_path / "shared.db"))
+    told: list[CallRecord] = []
+
+    async def call() -> None:
+        await asyncio.sleep(chance.choice((0, 0, 0.01)))
+        if (becomes := chance.random()) < 0.2:
+            raise ConnectionError
+        if becomes < 0.3:
+            await asyncio.Event().wait()
+        mao.usage(input_tokens=100)
+
+    async def main() -> None:
+        tasks = set[asyncio.Task[None]]()
+        for _ in range(400):
+            if len(tasks) < 60:
+                tasks.add(asyncio.ensure_future(gateway.acall(call, observe=told.append)))
+            for task in chance.sample(sorted(tasks, key=id), min(len(tasks), chance.choice((0, 0, 1, 3)))):
+                task.cancel()
+            await asyncio.sleep(chance.choice((0, 0, 0.002)))
+            tasks = {task for task in tasks if not task.done()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+    gateway.flush()
+    made = [record for record in told if record.number]
+    assert {record.outcome for record in told} >= {"answered", "failed"}
+    assert all_counted(shared)[0] == len(made)
+    silent = [record for record in made if record.outcome == "failed" and record.error == "ConnectionError"]
+    assert all_counted(shared)[1] == 100 * (len(made) - len(silent))
+    until(lambda: breaker_lets_through(gateway))
+
+
+def breaker_lets_through(gateway: Gateway) -> bool:
+    assert gateway._breaker is not None
+    try:
+        gateway._breaker.admit().succeeded()
+    except mao.BreakerOpenError:
+        return False
+    return True
 
 
 def test_what_cannot_be_settled_hides_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
