@@ -17,11 +17,13 @@ class MaoError(Exception):
     from a boundary, the `checks` evaluated until then, and what the `calls` came to (a `CallSummary`; None where none was made).
 
     `of_one_call`: raised in a call, it is about that call only, as what `execute` raises is, and other records may go on.
+    `tells_no_values`: raised in a call, its text is shown also where the agent handles personal data; that of other errors is withheld.
     """
 
     checks: tuple[Any, ...] = ()
     calls: Any = None
     of_one_call = False
+    tells_no_values = False
 
     def __init__(
         self,
@@ -151,13 +153,13 @@ class RateLimitError(MaoError):
 class MalformedAnswerError(MaoError):
     """A model did not answer with a record of the contract in all the turns it had. What it answered is not shown; what was wrong is."""
 
-    of_one_call = True
+    of_one_call = tells_no_values = True
 
 
 class LLMRequestError(MaoError):
     """An endpoint will not answer a request, however often it is made (a wrong key, too long an input …). `status` is that of HTTP."""
 
-    of_one_call = True
+    of_one_call = tells_no_values = True
 
     def __init__(self, what: str, *, status: int, **where: Any) -> None:
         super().__init__(what, **where)

@@ -26,8 +26,8 @@ def failed(agent: Agent, error: BaseException, record: str = "", instead: BaseEx
 def cause(agent: Agent, error: BaseException) -> BaseException | None:
     """The error as it may be chained.
 
-    Its text may hold the values at hand. So where a contract of the agent has personal fields, only types and tracebacks are kept, and
-    which rules pydantic found broken.
+    Its text may hold the values at hand. So where a contract of the agent has personal fields, only types and tracebacks are kept, which
+    rules pydantic found broken, and the text of errors that say of themselves `tells_no_values`.
     """
     if isinstance(error, WrongAnswerError):
         return error.__context__
@@ -36,7 +36,12 @@ def cause(agent: Agent, error: BaseException) -> BaseException | None:
 
 
 def _withheld(error: BaseException) -> BaseException:
-    told = _rules(error) if isinstance(error, ValidationError) else "its text is withheld: the agent handles personal data"
+    if isinstance(error, ValidationError):
+        told = _rules(error)
+    elif getattr(error, "tells_no_values", False):
+        told = str(error)
+    else:
+        told = "its text is withheld: the agent handles personal data"
     made = RuntimeError(f"{type(error).__name__}: {told}").with_traceback(error.__traceback__)
     inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     made.__cause__ = None if inner is None else _withheld(inner)

@@ -26,13 +26,19 @@ _WORD = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 class TooManyRequestsError(TransientError):
     """The endpoint answered 429: its own rate limit."""
 
+    tells_no_values = True
+
 
 class EndpointUnavailableError(TransientError):
     """No answer: the endpoint has an error of its own, or cannot be reached, or was silent for too long, or the connection was cut."""
 
+    tells_no_values = True
+
 
 class GarbledReplyError(TransientError):
     """What came back is no reply of the protocol."""
+
+    tells_no_values = True
 
 
 class Endpoint:
