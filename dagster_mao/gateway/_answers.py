@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -259,9 +259,9 @@ class Answers:
     def _write(self, rows: list[_Numbered]) -> None:
         """One statement or two, on a connection that does nothing else: SQLAlchemy's costs are those of ten answers."""
         try:
-            with _turn(self._shared):
-                if self._line is None:
-                    self._line = _Line(self._shared)
+            if self._line is None:
+                self._line = _Line(self._shared)
+            with self._line.turn:
                 self._line.insert(self._placed(rows, self._step))
         except _BROKEN:
             # The connection may be gone, with or without its last commit.
@@ -539,6 +539,8 @@ class _Line:
     def __init__(self, shared: SharedStore) -> None:
         engine = shared._ready()
         self._is_sqlite = engine.dialect.name == "sqlite"
+        # SQLite has one writer: threads of a process take turns sooner than by its busy timeout.
+        self.turn: AbstractContextManager[Any] = shared._lock if self._is_sqlite else nullcontext()
         self._errors: Any = engine.dialect.loaded_dbapi.Error
         self._integrity: Any = engine.dialect.loaded_dbapi.IntegrityError
         with shared._driver_errors_told():
@@ -586,16 +588,6 @@ _POSTGRES_INSERT = (
     f"INSERT INTO mao_answers ({_COLUMNS}) "  # noqa: S608
     "SELECT * FROM unnest(%b::bigint[], %b::bytea[], %b::bytea[], %b::text[], %b::bytea[])"
 )
-
-
-@contextmanager
-def _turn(shared: SharedStore) -> Iterator[None]:
-    """SQLite has one writer: threads of a process take turns sooner than by its busy timeout."""
-    if shared.file is None:
-        yield
-        return
-    with shared._lock:
-        yield
 
 
 # -- forks ---------------------------------------------------------------------------------------------------------------------------
