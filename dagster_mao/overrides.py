@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dagster_mao.boundary import EVERY, in_force
 from dagster_mao.errors import WiringError
-from dagster_mao.gateway import Policy
 from dagster_mao.pipeline import Pipeline
-
-EVERY = "*"
-UNKEPT = Policy(keep_answers=0)
-"""What is in force for an agent that declares no policy."""
 
 
 def changes_of(pipeline: Pipeline, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -28,11 +24,6 @@ def changes_of(pipeline: Pipeline, overrides: Mapping[str, Mapping[str, Any]]) -
     for agent, declared in pipeline.agents.items() if found else ():
         in_force(declared.policy, found, agent)
     return found
-
-
-def in_force(policy: Policy | None, changes: Mapping[str, Mapping[str, Any]], agent: str) -> Policy:
-    """An agent's policy with the changes for all, then its own. Raises `WiringError` when they make none."""
-    return (policy or UNKEPT).overridden(changes.get(EVERY), changes.get(agent), agent=agent)
 
 
 def _own(pipeline: Pipeline, name: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from dagster_mao.boundary import Check, run_agent
 from dagster_mao.configuration import config_digest
 from dagster_mao.errors import UnknownVersionError
+from dagster_mao.overrides import changes_of, fresh_agents
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import Seal, StateStore
 
@@ -48,15 +49,21 @@ def run(
     store: StateStore | None = None,
     workflow: str | None = None,
     resources: Mapping[str, Any] | None = None,
+    policies: Mapping[str, Mapping[str, Any]] | None = None,
+    fresh: bool | Iterable[str] = False,
     log: logging.Logger | None = None,
 ) -> Result:
     """Runs every agent of a pipeline, one after the other, as one attempt at a workflow.
 
     `records` (models, dicts or a polars frame) stand in for the entry's own `execute`; `workflow` is the key of the workflow, a new one by
-    default; `resources` are the agents' keyword-only parameters by name. Without a `store`, the state goes to a new temporary folder, which
+    default; `resources` are the agents' keyword-only parameters by name. `policies` are changes of agents' policies by agent, or "*" for
+    all: `{"score": {"timeout": 10, "breaker": None}}`; with `fresh`, or for the agents that it names, no answer that an earlier attempt
+    kept is used. Without a `store`, the state goes to a new temporary folder, which
     stays (`result.store.root`). Raises what `boundary.run_agent` raises, from the first agent that fails; what was sealed before it stays
     sealed, and does not count in the effective state.
     """
+    changes = changes_of(pipeline, policies or {})
+    anew = fresh_agents(pipeline, pipeline.agents if fresh is True else fresh or ())
     store = store or StateStore(tempfile.mkdtemp(prefix="dagster-mao-"))
     run_id = uuid.uuid4().hex
     seals: dict[str, Seal] = {}
@@ -67,9 +74,17 @@ def run(
         )
         given = records if name == pipeline.entry_name else None
         own = {taken: resources[taken] for taken in agent.resources if resources and taken in resources}
-        digest = config_digest(own)
         outcome = run_agent(
-            store, agent, attempt, resources=resources, config_digest=digest, partition_key=workflow, records=given, log=log
+            store,
+            agent,
+            attempt,
+            resources=resources,
+            config_digest=config_digest(own),
+            partition_key=workflow,
+            records=given,
+            policies=changes,
+            fresh=name in anew,
+            log=log,
         )
         seals[name], checks[name] = outcome.seal, outcome.checks
     return Result(pipeline, store, attempt.workflow_id, seals, checks)

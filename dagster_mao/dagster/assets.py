@@ -10,10 +10,11 @@ from pydantic import ValidationError
 from dagster_mao.agent import Agent
 from dagster_mao.boundary import BREAKER, OUTPUT, PINNED_BASE, Check, Outcome, check_names, run_agent
 from dagster_mao.configuration import config_digest
-from dagster_mao.dagster.metadata import of_check, of_seal
+from dagster_mao.dagster.metadata import of_calls, of_check, of_deferred, of_seal
+from dagster_mao.dagster.policies import POLICIES
 from dagster_mao.dagster.quarantine import data_version, of_quarantine, quarantine_key
 from dagster_mao.dagster.resources import STATE_STORE
-from dagster_mao.dagster.runs import AGENT_TAG, ENTRY_TAG, PIPELINE_TAG, only_partition, open_attempt
+from dagster_mao.dagster.runs import AGENT_TAG, ENTRY_TAG, PIPELINE_TAG, is_fresh, only_partition, open_attempt
 from dagster_mao.dagster.translator import AgentTranslator
 from dagster_mao.errors import (
     AgentCallError,
@@ -29,7 +30,8 @@ from dagster_mao.errors import (
     WiringError,
 )
 from dagster_mao.pipeline import ExternalEntry, Pipeline
-from dagster_mao.state import StateStore
+from dagster_mao.review.calls import told_of
+from dagster_mao.state import CallSummary, StateStore
 
 IO_MANAGER = "state_io_manager"
 """The resource key of the IO manager that loads agents' snapshots for plain assets."""
@@ -50,8 +52,8 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
 
     An existing asset as entry is loaded by its own IO manager, like any input of any asset, and sealed as the entry.
 
-    It requires the resources `state_store` (`StateStoreResource`), `state_io_manager` (`StateIOManager`, for plain downstream assets) and
-    those that the agent takes as keyword-only parameters.
+    It requires the resources `state_store` (`StateStoreResource`), `policies` (`PolicyOverrides`), `state_io_manager` (`StateIOManager`,
+    for plain downstream assets) and those that the agent takes as keyword-only parameters.
     """
     one = pipeline.node(agent)
     key, translator = dg.AssetKey([pipeline.name, agent]), translator or AgentTranslator()
@@ -73,7 +75,7 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
         specs=[one_of_them.with_io_manager_key(IO_MANAGER) for one_of_them in specs],
         ins={_RECORDS: dg.AssetIn(source)} if source else {},
         check_specs=boundary_check_specs(pipeline, agent),
-        required_resource_keys={STATE_STORE, *one.resources},
+        required_resource_keys={STATE_STORE, POLICIES, *one.resources},
         pool=one.pool,
         op_tags={PIPELINE_TAG: pipeline.name, AGENT_TAG: agent, ENTRY_TAG: pipeline.entry_name},
     )
@@ -105,7 +107,11 @@ def boundary_check_specs(pipeline: Pipeline, agent: str) -> list[dg.AssetCheckSp
     expected = {expectation.name: expectation for expectation in one.suite.expectations}
     names = [name for name in check_names(one) if name not in expected]
     return [
-        *(check_spec(name, pipeline, agent, description=_described(name), blocking=True) for name in names),
+        *(
+            # A breaker is not of a partition: how it stands shows in one place, whichever run or sensor told it last.
+            check_spec(name, pipeline, agent, description=_described(name), blocking=True, partitioned=name != BREAKER)
+            for name in names
+        ),
         *(check_spec(name, pipeline, agent, description=e.description, blocking=e.severity == "error") for name, e in expected.items()),
     ]
 
@@ -143,13 +149,17 @@ def _materialize(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: A
         if isinstance(error, _UNPINNED) and not error.checks:
             error.checks = (Check(PINNED_BASE, False, str(error)),)
         yield from (_result(key, check) for check in error.checks)
+        if error.calls is not None and error.calls != CallSummary():
+            # Nothing is materialised: what was paid for is told all the same, where the UI plots it.
+            told, partition = f"No version was sealed: {told_of(error.calls)}.", _partition(context, agent)
+            yield dg.AssetObservation(key, told, partition=partition, metadata=of_calls(error.calls))
         if not isinstance(error, _FINAL):
             raise without_values(error) from error.__cause__
         raise _failure(error) from without_values(error)
     yield from (_result(key, check) for check in outcome.checks)
     yield dg.MaterializeResult(
         asset_key=key,
-        metadata=of_seal(outcome.seal, pipeline, reused=outcome.reused),
+        metadata=of_deferred(_store(context), outcome.seal) | of_seal(outcome.seal, pipeline, reused=outcome.reused, calls=outcome.calls),
         data_version=dg.DataVersion(outcome.seal.digest),
     )
     if agent.quarantine is not None:
@@ -162,9 +172,9 @@ def _materialize(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: A
 
 
 def _run(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: Agent, records: Any) -> Outcome:
-    store = _store(context)
-    partitioned = context.has_partition_key or context.has_partition_key_range
-    partition_key = only_partition(context.partition_keys, agent.name) if partitioned else None
+    store, partition_key = _store(context), _partition(context, agent)
+    policies = getattr(context.resources, POLICIES).of(pipeline)
+    fresh = is_fresh(context.run.tags, pipeline, agent.name)
     attempt = open_attempt(store, context.instance, context.run, pipeline=pipeline.name, partition_key=partition_key)
     resources = {name: getattr(context.resources, name) for name in agent.resources}
     return run_agent(
@@ -175,8 +185,15 @@ def _run(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: Agent, re
         config_digest=config_digest(resources),
         partition_key=partition_key,
         records=records,
+        policies=policies,
+        fresh=fresh,
         log=context.log,
     )
+
+
+def _partition(context: dg.AssetExecutionContext, agent: Agent) -> str | None:
+    partitioned = context.has_partition_key or context.has_partition_key_range
+    return only_partition(context.partition_keys, agent.name) if partitioned else None
 
 
 def _store(context: dg.AssetExecutionContext) -> StateStore:
@@ -217,4 +234,5 @@ def _result(key: dg.AssetKey, check: Check) -> dg.AssetCheckResult:
 
 def _failure(error: MaoError) -> dg.Failure:
     told = {f"{check.name}: {name}": value for check in error.checks if not check.passed for name, value in of_check(check).items()}
-    return dg.Failure(str(error), metadata=told, allow_retries=False)
+    paid = {} if error.calls is None else of_calls(error.calls)
+    return dg.Failure(str(error), metadata=told | paid, allow_retries=False)

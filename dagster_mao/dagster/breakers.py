@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dagster_mao.boundary import BREAKER
+from dagster_mao.boundary import BREAKER, in_force
 from dagster_mao.dagster.policies import POLICIES, PolicyOverrides
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.gateway import shared_store
-from dagster_mao.overrides import in_force
 from dagster_mao.pipeline import Pipeline
 
 if TYPE_CHECKING:

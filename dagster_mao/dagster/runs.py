@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 
 import dagster as dg
 
+from dagster_mao.boundary import EVERY
 from dagster_mao.errors import WiringError
-from dagster_mao.overrides import EVERY, fresh_agents
+from dagster_mao.overrides import fresh_agents
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import Attempt, StateStore
 
