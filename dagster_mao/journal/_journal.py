@@ -70,7 +70,7 @@ class Journal:
         with self.writing(workflow_id) as (connection, now):
             for saga in connection.execute(sa.select(SAGAS).where(SAGAS.c.workflow_id == workflow_id, SAGAS.c.superseded_by == "")):
                 ended = saga.ended_epoch is not None and epoch <= saga.ended_epoch
-                if saga.state != "void" and (saga.attempt == attempt or ended):
+                if saga.fenced is not None and saga.state != "void" and (saga.attempt == attempt or ended):
                     refuse(agent, workflow_id, own=saga.attempt == attempt)
             row = {
                 **{"pipeline": pipeline, "workflow_id": workflow_id, "epoch": epoch, "attempt": attempt, "run_id": run_id, "agent": agent},

@@ -139,7 +139,7 @@ class Sagas:
     # -- beginning -------------------------------------------------------------------------------------------------------------------
 
     def request(self, *, pipeline: str, workflow_id: str, attempt: str, why: str, requested_by: str | None) -> bool:
-        """Asks for the compensation of an attempt, whose steps may begin no effect from now on. False when that was asked before."""
+        """Asks for the compensation of an attempt, which may go on meanwhile, and may even complete. False when that was asked before."""
         with self._journal.writing(workflow_id) as (connection, now):
             if _found(connection, workflow_id, attempt, "") is not None:
                 return False
@@ -183,6 +183,9 @@ class Sagas:
                 raise held
             changes: dict[str, Any] = {"state": "running", "owner": owner, "generation": row.generation + 1, "lease_until": now + lease}
             changes["tries"] = row.tries + (row.owner != owner)
+            if row.fenced is None and not superseded_by:
+                changes["fenced"] = now
+                connection.execute(sa.update(STEPS).where(own).values(fenced=True, settled=True))
             connection.execute(sa.update(SAGAS).where(SAGAS.c.id == row.id).values(**changes))
             again = ("running", "failed") if row.owner != owner else ("running",)
             undos = sa.update(UNDOS).where(UNDOS.c.saga == row.id)
@@ -206,6 +209,12 @@ class Sagas:
             connection.execute(sa.update(SAGAS).where(SAGAS.c.id == saga.id).values(state="void", concluded=now, lease_until=None))
             own = (STEPS.c.workflow_id == saga.workflow_id) & (STEPS.c.attempt == saga.attempt)
             connection.execute(sa.update(STEPS).where(own).values(fenced=False, settled=False))
+
+    def withdraw(self, saga: SagaRow) -> None:
+        """What was asked for is not to be done: the attempt went on, and completed."""
+        own = (SAGAS.c.id == saga.id) & (SAGAS.c.state == "requested")
+        with self._journal.writing(saga.workflow_id) as (connection, now):
+            connection.execute(sa.update(SAGAS).where(own).values(state="void", concluded=now))
 
     def abandon(self, workflow_id: str, attempt: str) -> None:
         """What still runs of a completed attempt, a re-execution, is over: its effects are left to be superseded."""
@@ -310,10 +319,6 @@ def _insert(
 ) -> None:
     row: dict[str, Any] = {"pipeline": pipeline, "workflow_id": workflow_id, "attempt": attempt, "superseded_by": superseded_by}
     row |= {"generation": 0, "tries": 0, "asked": now, **values}
-    if not superseded_by:
-        own = (STEPS.c.workflow_id == workflow_id) & (STEPS.c.attempt == attempt)
-        connection.execute(sa.update(STEPS).where(own).values(fenced=True, settled=True))
-        row["fenced"] = now
     connection.execute(sa.insert(SAGAS).values(**row))
 
 

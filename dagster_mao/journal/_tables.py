@@ -68,7 +68,7 @@ SAGAS = sa.Table(
     sa.Column("lease_until", sa.Double),
     sa.Column("tries", sa.Integer, nullable=False),
     sa.Column("asked", sa.Double, nullable=False),
-    sa.Column("fenced", sa.Double),  # since when its steps can begin no effect
+    sa.Column("fenced", sa.Double),  # since when its steps can begin no effect; of what is superseded: since when it is marked
     sa.Column("ended_epoch", sa.Integer),  # the epoch that its fence ended
     sa.Column("fence", sa.BigInteger),  # the version of the fence
     sa.Column("concluded", sa.Double),

@@ -14,7 +14,6 @@ import logging
 import os
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
+from time import sleep
 from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
@@ -296,7 +296,7 @@ class Saga:
         """Until no effect that may still come can come any more, as far as its call has a timeout and its target does not refuse it."""
         until = max((deadline for effect in effects if (deadline := self._deadline(row, effect, steps)) is not None), default=0.0)
         while (left := until - self._sagas.now()) > 0:
-            time.sleep(min(left, 0.5))
+            sleep(min(left, 0.5))
 
     def _deadline(self, row: SagaRow, effect: Outstanding, steps: Mapping[int, StepRow]) -> float | None:
         from dagster_mao.journal._pages import DONE, GONE_DONE

@@ -81,6 +81,9 @@ def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
     journal, found = sagas_of(store), list[Unfinished]()
     held = set[tuple[str, str]]()
     for row in journal.unfinished(pipeline):
+        if row.state == "requested" and is_completed(store.seals(row.workflow_id), row.attempt):
+            journal.withdraw(row)
+            continue
         held.add((row.workflow_id, row.attempt))
         found.append(_of_saga(row, journal.steps(row.workflow_id, row.attempt), journal))
     groups: dict[tuple[str, str], list[StepRow]] = {}
@@ -117,10 +120,10 @@ def _superseded(store: StateStore, journal: Sagas, workflow_id: str, attempt: st
 
 
 def request(store: StateStore, pipeline: str, workflow_id: str | None, attempt: str, *, run_id: str | None, why: str) -> int:
-    """Asks for the compensation of an attempt, whose steps may begin no effect from now on; of how many workflows.
+    """Asks for the compensation of an attempt; of how many workflows.
 
-    For hooks, which run while other steps do: nothing is undone now. Without a workflow, in all where the attempt has steps. Nothing for
-    what has completed, or has no effects. `why`: the class of an error. Never raises what the store raises: that is logged.
+    For hooks, which run while other steps do: nothing is undone or fenced now, and should the attempt complete after all, nothing will
+    be. Without a workflow, in all where the attempt has steps. Nothing for what has completed, or has no effects. `why`: the class of an error. Never raises what the store raises: that is logged.
     """
     try:
         if not _is_there(store):
