@@ -14,6 +14,7 @@ import dagster_mao as mao
 from dagster_mao.dagster import StateStoreResource, build_definitions
 from dagster_mao.dagster.runs import is_fresh
 from dagster_mao.overrides import changes_of
+from tests.dagster import shop
 
 
 class Item(BaseModel):
@@ -196,7 +197,7 @@ def test_a_breaker_by_an_override_alone_yields_no_check_that_was_not_declared(tm
     assert [c.asset_key.path[-1] for c in result.get_asset_check_evaluations() if c.check_name == "breaker"] == ["asking"]
 
 
-def test_a_fresh_run_asks_again_and_its_re_execution_does_not(tmp_path: Path) -> None:
+def test_a_fresh_run_asks_again_those_that_it_names(tmp_path: Path) -> None:
     other = Other()
     defs = definitions(tmp_path, other)
     with dg.DagsterInstance.ephemeral() as instance:
@@ -206,6 +207,25 @@ def test_a_fresh_run_asks_again_and_its_re_execution_does_not(tmp_path: Path) ->
         assert set(other.asked.values()) == {1}
         assert run(instance, defs, tags={"mao/workflow": "w", "mao/fresh": "asking"}).success
     assert set(other.asked.values()) == {2}
+
+
+def test_a_fresh_run_that_fails_and_is_executed_again_does_not_pay_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The UI copies the tags to the re-execution: read as "ask all of them again" they would pay for "a" a second time."""
+    monkeypatch.setenv("SHOP_FOLDER", str(tmp_path))
+    monkeypatch.setenv("SHOP_STATE", str(tmp_path / "state"))
+    job = dg.reconstructable(shop.shop_job)
+    (tmp_path / "home").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "home")) as instance:
+        assert dg.execute_job(job, instance=instance, tags={"mao/workflow": "w"}).success
+        assert shop.asked() == "ab"
+        (tmp_path / "down").touch()
+        tags = {"mao/workflow": "w", "mao/fresh": "true"}
+        failed = dg.execute_job(job, instance=instance, tags=tags)
+        assert (failed.success, shop.asked()) == (False, "abab")
+        (tmp_path / "down").unlink()
+        again = dg.ReexecutionOptions.from_failure(failed.run_id, instance)
+        done = dg.execute_job(job, instance=instance, reexecution_options=again, tags=tags)
+    assert (done.success, shop.asked()) == (True, "ababb")
 
 
 def test_without_dagster_policies_and_fresh_are_taken_as_well(tmp_path: Path) -> None:
