@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from dagster_mao.gateway._quota import Quota, Reserved
     from dagster_mao.gateway._shared import SharedStore
 
+_LONG_WAIT = 60.0  # seconds of a wait for a limit that are told, and between two such words
+
 logger = logging.getLogger("dagster_mao.gateway")
 
 
@@ -32,7 +35,8 @@ class Gateway:
     """
 
     def __init__(self, policy: Policy, name: str, database: str | None) -> None:
-        self._policy = policy
+        self._policy, self._name = policy, name
+        self._tell_at = -math.inf
         self._breaker: SharedBreaker | None = None
         self._quota: Quota | None = None
         if not policy.is_shared:
@@ -153,6 +157,9 @@ class Gateway:
     @contextmanager
     def _returning(self, reserved: Reserved) -> Iterator[None]:
         """What was reserved and not used, because the wait was interrupted or the breaker opened, is for others."""
+        if reserved.wait >= _LONG_WAIT and (now := time.monotonic()) >= self._tell_at:
+            self._tell_at = now + _LONG_WAIT
+            logger.warning("a call of %s waits for its limit: %.0f seconds", self._name, reserved.wait)
         try:
             yield
         except BaseException:
@@ -162,10 +169,10 @@ class Gateway:
 
     def flush(self) -> None:
         """Tells other processes what this one knows of breaker and limits and has not told yet: at the end of a step."""
-        if self._breaker is not None:
-            self._breaker.flush()
         if self._quota is not None:
             self._quota.flush()
+        if self._breaker is not None:
+            self._breaker.flush()
 
 
 class _Try:

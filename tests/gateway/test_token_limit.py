@@ -149,6 +149,15 @@ def test_what_was_used_beyond_the_estimate_delays_the_next(tmp_path: Path, monke
     assert waited == [pytest.approx(3601, abs=5)]
 
 
+def test_a_long_wait_is_told_once_in_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Else nobody knows why a step does nothing for an hour."""
+    monkeypatch.setattr(_gateway.time, "sleep", lambda _: None)
+    asking = Asking(tmp_path, token_limit=None, rate_limit="1/hour")
+    for _ in range(4):
+        asking(None)
+    assert [record.getMessage() for record in caplog.records] == ["a call of shop.asking waits for its limit: 3601 seconds"]
+
+
 def test_an_estimate_is_never_more_than_the_limit(tmp_path: Path) -> None:
     """One call may use more than the limit of a whole window. It is made when the window is empty, and the next one when it is again."""
     asking = Asking(tmp_path, token_limit="50/hour")
