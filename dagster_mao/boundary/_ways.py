@@ -21,6 +21,7 @@ Ones = Iterator[One]
 Work = Callable[[One], object]
 AsyncWork = Callable[[One], Coroutine[Any, Any, object]]
 
+_INTERRUPTIONS = 50  # that a loop goes on after, to let its tasks end: each of them may raise one
 _CLEAN_UP = 5.0  # seconds that an interrupted step waits for its coroutines in another thread
 
 
@@ -179,9 +180,16 @@ class Loop:
         except BaseException:
             if not task.done():  # interrupted: the loop is, its tasks are not
                 task.cancel()
-                with suppress(asyncio.CancelledError):
-                    self._loop.run_until_complete(task)
+                self._finish(task)
             raise
+
+    def _finish(self, task: asyncio.Task[Any]) -> None:
+        """Runs a task to its end, although others, or whoever waits, interrupt the loop again."""
+        for _ in range(_INTERRUPTIONS):
+            with suppress(BaseException):
+                self._loop.run_until_complete(task)
+            if task.done():
+                return
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -190,7 +198,7 @@ class Loop:
     def close(self) -> None:
         """Ends what is left of its tasks, generators and threads, as `asyncio.run` does."""
         if self._thread is None:
-            self._loop.run_until_complete(_left_over())
+            self._finish(self._loop.create_task(_left_over()))
         else:
             wait([asyncio.run_coroutine_threadsafe(_left_over(), self._loop)])
             self._loop.call_soon_threadsafe(self._loop.stop)
