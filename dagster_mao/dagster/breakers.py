@@ -82,8 +82,11 @@ def build_breaker_sensor(
         overrides: PolicyOverrides = getattr(context.resources, POLICIES)
         guarded = guarded_by(pipeline, overrides.of(pipeline))
         cursor = _parsed(context.cursor)
-        changes = _look(shared_store(database), guarded, cursor)
+        changes, standing = _look(shared_store(database), guarded, cursor)
         events = [event for change in changes for event in _evaluations(pipeline, guarded, change)]
+        # A step that found all its answers kept asked no breaker, and its check says so: one that stands open is told again after it.
+        told = [event for change in standing for event in _evaluations(pipeline, guarded, change)]
+        events += [event for event in told if _is_told_passed(context.instance, event)]
         if alert is not None:
             opened = [_alert(pipeline, guarded, change) for change in changes if change.is_open]
             cursor.alerts = _deliver(alert, [*cursor.alerts, *opened], context.log)
@@ -118,8 +121,8 @@ class _Change(BaseModel):
     calls_again_at: dt.datetime | None = None
 
 
-def _look(shared: "SharedStore", guarded: Mapping[str, Sequence[str]], cursor: _Cursor) -> list[_Change]:
-    """What changed since the cursor, oldest first; the cursor is moved on."""
+def _look(shared: "SharedStore", guarded: Mapping[str, Sequence[str]], cursor: _Cursor) -> tuple[list[_Change], list[_Change]]:
+    """What changed since the cursor, oldest first, and what stands open as it did; the cursor is moved on."""
     from dagster_mao.gateway._breaker import breakers
     from dagster_mao.gateway._news import newest, news  # SQLAlchemy, which only a tick needs
 
@@ -133,10 +136,18 @@ def _look(shared: "SharedStore", guarded: Mapping[str, Sequence[str]], cursor: _
             is_open = state is not None and state.state != "closed"
             cursor.told[name] = _Told(number=number, is_open=is_open)
             if state is not None and is_open:
-                changes.append(_first_met(state))
+                changes.append(_as_it_stands(state))
     after = {name: told.number for name, told in cursor.told.items() if name in guarded}
     changes += [change for one in news(shared, after) if (change := _follow(one, cursor)) is not None]
-    return [_with_hope(change, states.get(change.breaker)) for change in changes]
+    changed = {change.breaker for change in changes}
+    standing = [
+        _as_it_stands(state)
+        for name, state in states.items()
+        if state.state != "closed" and cursor.told[name].is_open and name not in changed
+    ]
+    return [_with_hope(change, states.get(change.breaker)) for change in changes], [
+        _with_hope(one, states[one.breaker]) for one in standing
+    ]
 
 
 def _follow(one: "News", cursor: _Cursor) -> _Change | None:
@@ -151,7 +162,7 @@ def _follow(one: "News", cursor: _Cursor) -> _Change | None:
     return _Change(breaker=event.breaker, is_open=is_open, at=event.at, why=event.why, by=event.by)
 
 
-def _first_met(state: "BreakerState") -> _Change:
+def _as_it_stands(state: "BreakerState") -> _Change:
     return _Change(breaker=state.name, is_open=True, at=state.since or dt.datetime.now(dt.timezone.utc), why=state.why, by=state.by)
 
 
@@ -182,6 +193,13 @@ def _evaluations(pipeline: Pipeline, guarded: Mapping[str, Sequence[str]], chang
         for agent in guarded[change.breaker]
         if agent in with_check
     ]
+
+
+def _is_told_passed(instance: dg.DagsterInstance, event: dg.AssetCheckEvaluation) -> bool:
+    """Whether the check says now that all is well."""
+    record = instance.get_latest_asset_check_evaluation_record(event.asset_check_key)
+    told = record.event.dagster_event.event_specific_data if record and record.event and record.event.dagster_event else None
+    return isinstance(told, dg.AssetCheckEvaluation) and told.passed
 
 
 def _until(change: _Change) -> str:

@@ -154,6 +154,21 @@ def test_a_probe_that_fails_is_no_second_opening_and_one_that_goes_well_closes(d
     assert len(desk.alerts) == 1
 
 
+def test_a_step_that_asked_no_breaker_does_not_make_an_open_one_look_closed(desk: Desk) -> None:
+    """Its answers were all kept, so its check passed."""
+    desk.fail("bureau")
+    desk.tick()
+    passed = dg.AssetCheckEvaluation(asset_key=dg.AssetKey(["shop", "first"]), check_name="breaker", passed=True)
+    desk.instance.report_runless_asset_event(passed)
+    assert desk.tick() == [("first", False)]
+    assert desk.tick() == []
+    assert len(desk.alerts) == 1
+    close_breaker(desk.shared, "bureau", why="mended", by="ann")
+    assert desk.tick() == [("first", True), ("second", True)]
+    desk.instance.report_runless_asset_event(passed)
+    assert desk.tick() == []
+
+
 def test_opened_by_hand_it_says_by_whom_and_reset_it_is_closed(desk: Desk) -> None:
     desk.breaker("bureau").admit()
     desk.tick()
