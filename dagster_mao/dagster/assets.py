@@ -15,6 +15,7 @@ from dagster_mao.dagster.policies import POLICIES
 from dagster_mao.dagster.quarantine import data_version, of_quarantine, quarantine_key
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import AGENT_TAG, ENTRY_TAG, PIPELINE_TAG, is_fresh, only_partition, open_attempt
+from dagster_mao.dagster.saga import build_request_hook, with_effects
 from dagster_mao.dagster.translator import AgentTranslator
 from dagster_mao.errors import (
     AgentCallError,
@@ -77,6 +78,7 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
         check_specs=boundary_check_specs(pipeline, agent),
         required_resource_keys={STATE_STORE, POLICIES, *one.resources},
         pool=one.pool,
+        hooks={build_request_hook(pipeline)} if agent in with_effects(pipeline) else None,
         op_tags={PIPELINE_TAG: pipeline.name, AGENT_TAG: agent, ENTRY_TAG: pipeline.entry_name},
     )
     return wrap(materialize)

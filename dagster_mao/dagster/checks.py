@@ -1,6 +1,7 @@
 """Checks of what is stored, which can be run from the UI at any time.
 
 Chain integrity: does the store still hold what was sealed? Accounted: is every record that came to a boundary in one place, once?
+Compensated: was everything undone that failed attempts did?
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,33 +14,37 @@ from dagster_mao.dagster.anchors import STATE_VERSION, read_anchors
 from dagster_mao.dagster.assets import check_spec
 from dagster_mao.dagster.quarantine import quarantine_key
 from dagster_mao.dagster.resources import STATE_STORE
+from dagster_mao.dagster.saga import COMPENSATED, undone_verdict, with_effects
 from dagster_mao.errors import UnknownVersionError
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.review.quarantine import Account, accounts
+from dagster_mao.saga import sagas
 from dagster_mao.state import Seal, StateStore
 from dagster_mao.state.verify import Finding, Report, verify
 
 CHAIN_INTEGRITY, CHAIN_INTEGRITY_ALL = "chain_integrity", "chain_integrity_all"
 ACCOUNTED, ACCOUNTED_ALL = "accounted", "accounted_all"
-_OF_ALL = {CHAIN_INTEGRITY_ALL, ACCOUNTED_ALL}
+COMPENSATED_ALL = "compensated_all"
+_OF_ALL = {CHAIN_INTEGRITY_ALL, ACCOUNTED_ALL, COMPENSATED_ALL}
 _CHAIN = "Are the snapshots, the chain of seals and Dagster's event log still what they were when this agent's output was sealed?"
+_UNDONE = "Was everything undone that attempts did which failed, or were superseded? As the journal of effects has it."
 _ACCOUNTS = "Is every record that came in sealed, in quarantine, discarded or deferred, and in one place only? Recounted from the store."
 
 
 def build_chain_checks(pipeline: Pipeline) -> list[dg.AssetChecksDefinition]:
-    """`chain_integrity` of every agent, `accounted` of every quarantine and of agents whose records may be deferred, in one step.
+    """`chain_integrity` of every agent, `accounted` of every quarantine and of agents whose records may be deferred, `compensated` of
 
-    A step costs seconds, a check milliseconds.
+    agents with effects, in one step. A step costs seconds, a check milliseconds.
 
     They are of the workflow that the newest materialisation belongs to. On a partitioned pipeline they are of the partition's workflow and
-    run with it; as the UI does not execute partitioned checks alone, there are `chain_integrity_all` and `accounted_all`, which it does:
+    run with it; as the UI does not execute partitioned checks alone, there are `chain_integrity_all` and its like, which it does:
     of all partitions at once.
     """
     if pipeline.partitions_def is None:
-        return [_stored_checks(pipeline, CHAIN_INTEGRITY, ACCOUNTED)]
+        return [_stored_checks(pipeline, CHAIN_INTEGRITY, ACCOUNTED, COMPENSATED)]
     return [
-        _stored_checks(pipeline, CHAIN_INTEGRITY, ACCOUNTED, of_partition=True),
-        _stored_checks(pipeline, CHAIN_INTEGRITY_ALL, ACCOUNTED_ALL),
+        _stored_checks(pipeline, CHAIN_INTEGRITY, ACCOUNTED, COMPENSATED, of_partition=True),
+        _stored_checks(pipeline, CHAIN_INTEGRITY_ALL, ACCOUNTED_ALL, COMPENSATED_ALL),
     ]
 
 
@@ -48,7 +53,9 @@ def checks_of_all(pipeline: Pipeline) -> list[dg.AssetCheckKey]:
     return [key for made in build_chain_checks(pipeline) for key in made.check_keys if key.name in _OF_ALL]
 
 
-def _stored_checks(pipeline: Pipeline, chain: str, account: str, *, of_partition: bool = False) -> dg.AssetChecksDefinition:
+def _stored_checks(
+    pipeline: Pipeline, chain: str, account: str, compensated: str, *, of_partition: bool = False
+) -> dg.AssetChecksDefinition:
     def stored(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         if of_partition and not context.has_partition_key:
             # Dagster fails on the result of a partitioned check in a run without a partition ("Execute all" makes one).
@@ -56,6 +63,11 @@ def _stored_checks(pipeline: Pipeline, chain: str, account: str, *, of_partition
             return
         store = getattr(context.resources, STATE_STORE).store()
         for key in sorted(context.selected_asset_check_keys):
+            if key.name == compensated:
+                of_one = f"{pipeline.name}/{context.partition_key}" if of_partition else None  # also of such as sealed nothing
+                verdict = _undone(store, pipeline, key.asset_key, of_one)
+                yield dg.AssetCheckResult(check_name=key.name, asset_key=key.asset_key, **verdict)
+                continue
             where = workflows(context, key.asset_key)
             if key.name == account:
                 verdict = _accounted(store, accounted[key.asset_key], where)
@@ -78,11 +90,17 @@ def _stored_checks(pipeline: Pipeline, chain: str, account: str, *, of_partition
         specs=[
             *(check_spec(chain, pipeline, agent, description=f"{of_all}{_CHAIN}", **common) for agent in pipeline.order),
             *(check_spec(account, pipeline, key.path[-1], description=f"{of_all}{_ACCOUNTS}", **common) for key in accounted),
+            *(check_spec(compensated, pipeline, agent, description=f"{of_all}{_UNDONE}", **common) for agent in with_effects(pipeline)),
         ],
         required_resource_keys={STATE_STORE},
         can_subset=True,
     )
     return wrap(stored)
+
+
+def _undone(store: StateStore, pipeline: Pipeline, key: dg.AssetKey, workflow: str | None) -> dict[str, Any]:
+    passed, severity, told, metadata = undone_verdict(sagas(store, pipeline.name, workflow), key.path[-1])
+    return {"passed": passed, "severity": severity, "description": told, "metadata": metadata}
 
 
 def accounted_agents(pipeline: Pipeline) -> dict[dg.AssetKey, str]:

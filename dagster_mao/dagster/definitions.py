@@ -12,7 +12,9 @@ from dagster_mao.dagster.breakers import BreakerAlert, build_breaker_sensor, gua
 from dagster_mao.dagster.checks import build_chain_checks, checks_of_all
 from dagster_mao.dagster.io_manager import StateIOManager
 from dagster_mao.dagster.policies import POLICIES, PolicyOverrides
+from dagster_mao.dagster.reconciling import build_compensation_sensor
 from dagster_mao.dagster.resources import STATE_STORE, StateStoreResource
+from dagster_mao.dagster.saga import build_compensation_job, undo_resources, with_effects
 from dagster_mao.dagster.translator import AgentTranslator
 from dagster_mao.errors import WiringError
 from dagster_mao.pipeline import Pipeline
@@ -34,16 +36,20 @@ def build_definitions(
     changes agents' policies; without it there are none until somebody writes them in the launchpad. Raises `WiringError` when a resource is
     missing, or an override names what there is not.
 
-    Where an agent has a breaker, a sensor shows how it stands (`build_breaker_sensor`); `alert` is called for each that opens.
+    Where an agent has a breaker, a sensor shows how it stands (`build_breaker_sensor`); `alert` is called for each that opens. Where an
+    agent has effects, a sensor starts a job that compensates attempts which did not complete (`build_compensation_sensor`).
     """
     assets = build_assets(pipeline, translator=translator)
     job = build_job(pipeline)
     schedule = build_schedule(pipeline, job)
     sensors = [build_breaker_sensor(pipeline, alert)] if guarded_agents(pipeline) else []
+    compensating = [build_compensation_job(pipeline)] if with_effects(pipeline) else []
+    if compensating:
+        sensors.append(build_compensation_sensor(pipeline))
     return dg.Definitions(
         assets=assets,
         asset_checks=build_chain_checks(pipeline),
-        jobs=[job],
+        jobs=[job, *compensating],
         schedules=[schedule] if schedule else [],
         sensors=sensors,
         resources=_resources(pipeline, dict(resources or {})),
@@ -75,8 +81,8 @@ def build_schedule(pipeline: Pipeline, job: Any) -> Any:
 
 
 def _resources(pipeline: Pipeline, given: dict[str, Any]) -> dict[str, Any]:
-    if missing := [name for name in pipeline.resources if name not in given]:
-        agent = next(one.name for one in pipeline.agents.values() if missing[0] in one.resources)
+    if missing := [name for name in (*pipeline.resources, *undo_resources(pipeline)) if name not in given]:
+        agent = next((one.name for one in pipeline.agents.values() if missing[0] in one.resources), None)
         raise WiringError(
             f"Nobody provides the resource {missing[0]!r}",
             agent=agent,

@@ -1,0 +1,108 @@
+"""The sensor that finds what is to be compensated: from the journal and the run list, and from nothing else."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import dagster as dg
+
+from dagster_mao.dagster.endings import Ending, ending, standing
+from dagster_mao.dagster.resources import STATE_STORE
+from dagster_mao.dagster.runs import WORKFLOW_TAG
+from dagster_mao.dagster.saga import ATTEMPT_TAG, COMPENSATES_TAG, SUPERSEDED_BY_TAG, job_name, run_config
+from dagster_mao.pipeline import Pipeline
+from dagster_mao.saga import Unfinished, unfinished
+
+TRIES_AN_HOUR = 6
+"""How often a compensation that does not come to its end is started anew within an hour."""
+
+_NOBODYS = 3600.0  # seconds without a sign of life after which an attempt that is no run here is taken for dead
+_AT_ONCE = 20  # runs asked for in one tick
+_PRIORITY = "10"  # in the run queue: what is half done goes before what is new
+
+
+def build_compensation_sensor(
+    pipeline: Pipeline,
+    *,
+    minimum_interval_seconds: int = 5,
+    default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.RUNNING,
+) -> dg.SensorDefinition:
+    """The sensor `<pipeline>_compensation`: starts the compensation of attempts that are over and did not complete.
+
+    An attempt is over when all its runs have ended, and no retry of them is due. A compensation that was killed is started again, up to
+    `TRIES_AN_HOUR` times; one that ended as incomplete waits for a person. It keeps nothing in memory or in its cursor, so a tick that is
+    lost costs its seconds only. It runs from the start. It requires the resource `state_store`.
+    """
+
+    @dg.sensor(
+        name=f"{pipeline.name}_compensation",
+        job_name=job_name(pipeline.name),
+        description="Compensates attempts that are over and did not complete. What is due is read from the journal and the run list.",
+        minimum_interval_seconds=minimum_interval_seconds,
+        default_status=default_status,
+        required_resource_keys={STATE_STORE},
+    )
+    def compensation_sensor(context: dg.SensorEvaluationContext) -> Any:
+        store = getattr(context.resources, STATE_STORE).store()
+        if store.database is None:
+            return dg.SkipReason("No shared database is named, so there is no journal.")
+        asked, waiting = list[dg.RunRequest](), list[str]()
+        for one in unfinished(store, pipeline.name):
+            try:
+                due = _due(context.instance, pipeline, one)
+            except Exception as error:  # whatever is wrong with one attempt, the others are looked at
+                context.log.exception(f"{one.workflow_id}, attempt {one.attempt}: it could not be looked at")
+                due = f"it could not be looked at ({type(error).__name__})"
+            if isinstance(due, dg.RunRequest):
+                asked.append(due)
+            else:
+                waiting.append(f"{one.workflow_id}, attempt {one.attempt}: {due}")
+        if asked:
+            return dg.SensorResult(run_requests=asked[:_AT_ONCE])
+        return dg.SkipReason("; ".join(waiting) or "Nothing is to be compensated.")
+
+    return compensation_sensor
+
+
+def _due(instance: dg.DagsterInstance, pipeline: Pipeline, one: Unfinished) -> dg.RunRequest | str:
+    """The run that is to be started, or what is waited for."""
+    if one.state == "incomplete":
+        return "its compensation is incomplete; `dagster-mao compensate --resume` tries again"
+    before = _compensations(instance, pipeline, one)
+    for record in before:
+        if waits := standing(instance, record).waits_for:
+            return waits
+    lately = sum(time.time() - record.create_timestamp.timestamp() < 3600 for record in before)
+    if lately >= TRIES_AN_HOUR:
+        return f"{lately} compensations were started within an hour, and none came to its end"
+    if one.lease_until is not None and (left := one.lease_until.timestamp() - time.time()) > 0:
+        return f"another compensator holds it for another {left:.0f} s"
+    found = ending(instance, one.attempt)
+    if one.kind == "attempt" and (waits := _not_over(found, one)):
+        return waits
+    number = len(before)
+    failed = found.failed
+    return dg.RunRequest(
+        run_key=f"{one.workflow_id} {one.attempt} {one.superseded_by} {number}",
+        run_config=run_config(one.workflow_id, one.attempt, one.superseded_by),
+        tags={**_tags(one), COMPENSATES_TAG: failed.run_id if failed else one.attempt, "dagster/priority": _PRIORITY},
+    )
+
+
+def _not_over(found: Ending, one: Unfinished) -> str | None:
+    if found.waits_for:
+        return found.waits_for
+    if not found.runs:
+        silent = time.time() - one.last.timestamp()
+        return f"it is no run of this instance, and was at work {silent:.0f} s ago" if silent < _NOBODYS else None
+    return None if found.failed else "all its runs succeeded"
+
+
+def _tags(one: Unfinished) -> dict[str, str]:
+    superseded = {SUPERSEDED_BY_TAG: one.superseded_by} if one.superseded_by else {}
+    return {WORKFLOW_TAG: one.workflow_id, ATTEMPT_TAG: one.attempt, **superseded}
+
+
+def _compensations(instance: dg.DagsterInstance, pipeline: Pipeline, one: Unfinished) -> Sequence[dg.RunRecord]:
+    found = instance.get_run_records(dg.RunsFilter(job_name=job_name(pipeline.name), tags=_tags(one)))
+    return [record for record in found if record.dagster_run.tags.get(SUPERSEDED_BY_TAG, "") == one.superseded_by]
