@@ -6,7 +6,7 @@ a `Pipeline` wires them, `run` runs one without Dagster. The names of the Dagste
 
 from typing import TYPE_CHECKING, Any
 
-from dagster_mao.agent import Agent, AgentContext, MicroBatch, Quarantine, agent
+from dagster_mao.agent import Agent, AgentContext, MicroBatch, Quarantine, Undo, agent
 from dagster_mao.contract import DataFrame, FromFallback, Key, LazyFrame, Personal
 from dagster_mao.errors import (
     AgentCallError,
@@ -34,6 +34,7 @@ from dagster_mao.errors import (
 )
 from dagster_mao.expectations import Expectations
 from dagster_mao.gateway import Breaker, Policy, TransientError, usage
+from dagster_mao.journal import Effect, NotDoneError
 from dagster_mao.pipeline import ExternalEntry, Pipeline
 from dagster_mao.resubmission import Resubmission, resubmit
 from dagster_mao.run import Result, run
@@ -58,6 +59,7 @@ __all__ = [
     "CallTimeoutError",
     "ContractDefinitionError",
     "DataFrame",
+    "Effect",
     "Expectations",
     "ExternalEntry",
     "FencedError",
@@ -70,6 +72,7 @@ __all__ = [
     "MalformedAnswerError",
     "MaoError",
     "MicroBatch",
+    "NotDoneError",
     "Personal",
     "PinError",
     "Pipeline",
@@ -87,6 +90,7 @@ __all__ = [
     "StoreError",
     "TamperedError",
     "TransientError",
+    "Undo",
     "UnknownBreakerError",
     "UnknownVersionError",
     "WiringError",

@@ -15,6 +15,7 @@ class MaoError(Exception):
 
     Attributes: `what` happened, the `agent`, `workflow` and `field` it concerns (None where it concerns none), the `fix`, and, when raised
     from a boundary, the `checks` evaluated until then, and what the `calls` came to (a `CallSummary`; None where none was made).
+    Raised from `mao.run`, `compensation` says what became of the effects that the attempt had had (`saga.Concluded`; None where none).
 
     `of_one_call`: raised in a call, it is about that call only, as what `execute` raises is, and other records may go on.
     `tells_no_values`: raised in a call, its text is shown also where the agent handles personal data; that of other errors is withheld.
@@ -22,6 +23,7 @@ class MaoError(Exception):
 
     checks: tuple[Any, ...] = ()
     calls: Any = None
+    compensation: Any = None
     of_one_call = False
     tells_no_values = False
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel
 
-from dagster_mao.agent import NAME, Agent, Input, MicroBatch, Quarantine, Shape
+from dagster_mao.agent import NAME, Agent, Input, MicroBatch, Quarantine, Shape, check_pivots
 from dagster_mao.contract import Contract, compare, unmarked_personal
 from dagster_mao.errors import MaoError, WiringError
 from dagster_mao.gateway import Policy, parse_rate
@@ -202,11 +202,12 @@ class Pipeline:
             self._wrong("has an inbox and no entry", None, "inbox", "declare it where the entry is")
 
     def _check_effects(self) -> None:
-        """What no saga watches over must have nothing to undo."""
+        """What cannot be undone comes last; and what no saga watches over must have nothing to undo."""
+        check_pivots(self.agents)
         if self.mode != "choreography":
             return
         for one in self.agents.values():
-            if getattr(one, "effects", "read_only") != "read_only" or hasattr(one, "compensate"):
+            if one.effects != "read_only":
                 fix = 'mode="hybrid", which undoes what an attempt did, or "orchestration"'
                 self._wrong(f"agent {one.name!r} has side effects, which plain choreography cannot undo", one.name, "mode", fix)
 

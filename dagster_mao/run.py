@@ -14,10 +14,13 @@ from pydantic import BaseModel
 
 from dagster_mao.boundary import Check, run_agent
 from dagster_mao.configuration import config_digest
-from dagster_mao.errors import UnknownVersionError
+from dagster_mao.errors import MaoError, UnknownVersionError
 from dagster_mao.overrides import changes_of, fresh_agents
 from dagster_mao.pipeline import Pipeline
-from dagster_mao.state import Seal, StateStore
+from dagster_mao.saga import Concluded, Saga
+from dagster_mao.state import Attempt, Seal, StateStore
+
+logger = logging.getLogger("dagster_mao.run")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def run(
     resources: Mapping[str, Any] | None = None,
     policies: Mapping[str, Mapping[str, Any]] | None = None,
     fresh: bool | Iterable[str] = False,
+    compensate: bool = True,
     log: logging.Logger | None = None,
 ) -> Result:
     """Runs every agent of a pipeline, one after the other, as one attempt at a workflow.
@@ -60,7 +64,8 @@ def run(
     all: `{"score": {"timeout": 10, "breaker": None}}`; with `fresh`, or for the agents that it names, no answer that an earlier attempt
     kept is used. Without a `store`, the state goes to a new temporary folder, which
     stays (`result.store.root`). Raises what `boundary.run_agent` raises, from the first agent that fails; what was sealed before it stays
-    sealed, and does not count in the effective state.
+    sealed, and does not count in the effective state. What agents with effects had done until then is undone before it is raised, unless
+    `compensate` is False; `error.compensation` says what became of it, a `saga.Concluded`.
     """
     changes = changes_of(pipeline, policies or {})
     anew = fresh_agents(pipeline, pipeline.agents if fresh is True else fresh or ())
@@ -68,23 +73,46 @@ def run(
     run_id = uuid.uuid4().hex
     seals: dict[str, Seal] = {}
     checks: dict[str, tuple[Check, ...]] = {}
-    for name, agent in pipeline.agents.items():
-        attempt = store.open_attempt(
-            pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=pipeline.order, entry=pipeline.entry_name, workflow_key=workflow
-        )
-        given = records if name == pipeline.entry_name else None
-        own = {taken: resources[taken] for taken in agent.resources if resources and taken in resources}
-        outcome = run_agent(
-            store,
-            agent,
-            attempt,
-            resources=resources,
-            config_digest=config_digest(own),
-            partition_key=workflow,
-            records=given,
-            policies=changes,
-            fresh=name in anew,
-            log=log,
-        )
-        seals[name], checks[name] = outcome.seal, outcome.checks
+    attempt: Attempt | None = None
+    try:
+        for name, agent in pipeline.agents.items():
+            attempt = store.open_attempt(
+                pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=pipeline.order, entry=pipeline.entry_name, workflow_key=workflow
+            )
+            given = records if name == pipeline.entry_name else None
+            own = {taken: resources[taken] for taken in agent.resources if resources and taken in resources}
+            outcome = run_agent(
+                store,
+                agent,
+                attempt,
+                resources=resources,
+                config_digest=config_digest(own),
+                partition_key=workflow,
+                records=given,
+                policies=changes,
+                fresh=name in anew,
+                log=log,
+            )
+            seals[name], checks[name] = outcome.seal, outcome.checks
+    except BaseException as error:
+        if compensate and attempt is not None:
+            concluded = _compensated(store, pipeline, attempt, resources or {}, log)
+            if isinstance(error, MaoError):
+                error.compensation = concluded
+        raise
+    assert attempt is not None
     return Result(pipeline, store, attempt.workflow_id, seals, checks)
+
+
+def _compensated(
+    store: StateStore, pipeline: Pipeline, attempt: Attempt, resources: Mapping[str, Any], log: logging.Logger | None
+) -> Concluded | None:
+    """What became of the attempt's effects; None where it had none, or nobody can say now, which is logged."""
+    if all(agent.effects == "read_only" for agent in pipeline.agents.values()):
+        return None
+    try:
+        saga = Saga(store, pipeline, attempt.workflow_id, attempt.id, resources=resources, owner=attempt.id, log=log)
+        return saga.run() if saga.plan().steps else None
+    except MaoError as error:
+        logger.warning("what attempt %s did could not be undone now: %s", attempt.id, error)
+        return None

@@ -7,6 +7,7 @@ context), their annotations are the contracts; keyword-only parameters are resou
 from dagster_mao.agent._agent import RESERVED_RESOURCES, Agent, FunctionAgent, agent
 from dagster_mao.agent._batching import MicroBatch
 from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, Shape
+from dagster_mao.agent._effects import EffectKind, NoEffects, Undo, call_compensate, check_pivots, is_async_undo
 from dagster_mao.agent._fallback import Fallback, check_degradation
 from dagster_mao.agent._guard import current
 
@@ -15,13 +16,19 @@ __all__ = [
     "RESERVED_RESOURCES",
     "Agent",
     "AgentContext",
+    "EffectKind",
     "Fallback",
     "FunctionAgent",
     "Input",
     "MicroBatch",
+    "NoEffects",
     "Quarantine",
     "Shape",
+    "Undo",
     "agent",
+    "call_compensate",
     "check_degradation",
+    "check_pivots",
     "current",
+    "is_async_undo",
 ]

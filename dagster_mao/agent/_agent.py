@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from dagster_mao.agent._annotations import Annotation, closure, locals_named_by, shape_of
 from dagster_mao.agent._batching import MicroBatch
 from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, Shape
+from dagster_mao.agent._effects import EffectKind, NoEffects, check_effects, undo_resources
 from dagster_mao.agent._fallback import Fallback, check_degradation
 from dagster_mao.agent._guard import awaiting, calling, executing, refuse_nested, stepping
 from dagster_mao.agent._source import canonical, names_loaded, source_of
@@ -74,6 +75,10 @@ class Agent:
     policy: Policy | None = None
     micro_batch: MicroBatch | None = None
     expectations: Any = ()
+    effects: EffectKind = "read_only"
+    compensate: Any = None
+    undo_policy: Policy | None = None
+    irreversible_because: str | None = None
 
     _namespace: ClassVar[Mapping[str, Any]] = {}
 
@@ -86,6 +91,8 @@ class Agent:
             cls.name = _snake_case(cls.__name__)
         if "description" not in own:
             cls.description = inspect.cleandoc(own.get("__doc__") or "") or None
+        if "effects" not in own and own.get("compensate") is not None:
+            cls.effects = "reversible"
         execute = inspect.getattr_static(cls, "execute")  # a mixin's too
         if isinstance(execute, types.FunctionType) and execute is not Agent.execute and not hasattr(execute, _GUARDED):
             cls._namespace = locals_named_by(execute, sys._getframe(1))
@@ -113,6 +120,7 @@ class Agent:
         self._check_attributes()
         _ = self.inputs, self.output, self.fallback, self.resources, self.suite, self.agent_version
         self._check_quarantine()
+        check_effects(self)
         if self.policy is not None:
             check_degradation(self, self.policy)
 
@@ -168,6 +176,11 @@ class Agent:
         return tuple(dict.fromkeys((*self._parameters.resources, *(self.fallback.agent.resources if self.fallback else ()))))
 
     @property
+    def undo_resources(self) -> tuple[str, ...]:
+        """Names of the resources that its `compensate` takes: its keyword-only parameters without a default."""
+        return undo_resources(self)
+
+    @property
     def takes_context(self) -> bool:
         """Whether the first parameter is the AgentContext (named `ctx`, or annotated with it)."""
         return self._parameters.context is not None
@@ -211,6 +224,8 @@ class Agent:
         takes_context, parameters, names, alone = self._binding
         kwargs = self._taken(names, resources)
         args = [values[name] for name in parameters]
+        if ctx is not None and not isinstance(ctx.having, NoEffects):
+            ctx = ctx.begun()
         told = calling.set(ctx)
         try:
             result = self.execute(ctx, *args, **kwargs) if takes_context else self.execute(*args, **kwargs)
@@ -491,6 +506,8 @@ class FunctionAgent(Agent, Generic[P, R]):
         self.__signature__ = inspect.signature(function)
         self.name = function.__name__
         self.description = inspect.cleandoc(function.__doc__ or "") or None
+        if declared.get("compensate") is not None and declared.get("effects") is None:
+            self.effects = "reversible"
         for attribute, value in declared.items():
             if value is not None:
                 setattr(self, attribute, value)
@@ -556,6 +573,10 @@ def agent(
     policy: Policy | None = ...,
     micro_batch: MicroBatch | None = ...,
     expectations: Any = ...,
+    effects: EffectKind | None = ...,
+    compensate: Callable[..., Any] | None = ...,
+    undo_policy: Policy | None = ...,
+    irreversible_because: str | None = ...,
 ) -> Callable[[Callable[P, R]], FunctionAgent[P, R]]: ...
 
 
@@ -578,6 +599,10 @@ def agent(
     policy: Policy | None = None,
     micro_batch: MicroBatch | None = None,
     expectations: Any = (),
+    effects: EffectKind | None = None,
+    compensate: Callable[..., Any] | None = None,
+    undo_policy: Policy | None = None,
+    irreversible_because: str | None = None,
 ) -> FunctionAgent[P, R] | Callable[[Callable[P, R]], FunctionAgent[P, R]]:
     """Make an agent of a function: `@agent`, or `@agent(name=..., owners=[...])`. The options are the attributes of `Agent`.
 
@@ -599,6 +624,10 @@ def agent(
         "policy": policy,
         "micro_batch": micro_batch,
         "expectations": expectations,
+        "effects": effects,
+        "compensate": compensate,
+        "undo_policy": undo_policy,
+        "irreversible_because": irreversible_because,
     }
     caller = sys._getframe(1)
 

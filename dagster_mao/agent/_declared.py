@@ -6,12 +6,15 @@ import datetime as dt
 import logging
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from dagster_mao.agent._effects import Effects, Unjournaled
 from dagster_mao.contract import Contract
 from dagster_mao.errors import WiringError
+from dagster_mao.journal import Effect
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -74,11 +77,58 @@ class AgentContext:
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("dagster_mao"), compare=False)
     record: str | None = None
     idempotency_key: str = ""
+    having: Effects | None = field(default=None, compare=False, repr=False)  # what stands behind `effect`; None in unit tests
 
-    def of_call(self, record: str | None, idempotency_key: str) -> AgentContext:
-        """The same for one call."""
+    def effect(self, name: str, function: Callable[[Effect], Any], *, compares_epoch: bool = False) -> Any:
+        """Has one effect on the world outside: calls `function` with the `Effect`, and returns what it returned, as JSON gives it back.
+
+        That it is about to happen is on disk before, and what became of it is told afterwards, so that the agent's `compensate` finds it in
+        `undo.effects`, whatever dies. Hand `effect.key` to the target: the same effect has the same key, in whatever attempt. One that is
+        known to be done is not had again: its result is returned. If the function is async, await this. A name may come several times in
+        one call, always in the same order.
+
+        Of what the function raises, `NotDoneError` says that nothing happened; after anything else nobody knows, and it will be undone.
+        `compares_epoch`: the target is handed `effect.epoch` too, and refuses what comes late itself, so that an undo need not wait for
+        it. Raises `FencedError` when the attempt is being compensated, `WiringError` in a read-only agent.
+        """
+        return self._having().effect(name, function, compares_epoch=compares_epoch)
+
+    def effects(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        records: Any,
+        *,
+        key: str | None = None,
+        compares_epoch: bool = False,
+        in_batches_of: int | None = None,
+    ) -> Any:
+        """Has one effect per record of a frame, or of an iterable of dicts or models; the results by record. For agents that take frames.
+
+        As `effect`, many at a time: 100 000 cost some tens of commits. `key` is the column that tells records apart, `effect.row` a
+        record's row; a row that has not changed keeps its key, whatever else is in the batch. With `in_batches_of` the function is
+        called with lists of so many effects, and returns their results in order.
+        """
+        having = self._having()
+        return having.effects(name, function, records, key=key, compares_epoch=compares_epoch, in_batches_of=in_batches_of)
+
+    def _having(self) -> Effects:
+        if self.having is None:
+            self.__dict__["having"] = Unjournaled(self.idempotency_key, self.record)
+        return self.having  # type: ignore[return-value]
+
+    def begun(self) -> AgentContext:
+        """The same for a new try of the call."""
+        told = object.__new__(AgentContext)
+        told.__dict__.update(self.__dict__, having=self._having().begun())
+        return told
+
+    def of_call(self, record: str | None, idempotency_key: str, having: Effects | None = None) -> AgentContext:
+        """The same for one call. `having`: how it has effects."""
         told = object.__new__(AgentContext)  # dataclasses.replace takes twenty times as long, and this is done for every record
         told.__dict__.update(self.__dict__, record=record, idempotency_key=idempotency_key)
+        if having is not None:
+            told.__dict__["having"] = having
         return told
 
     def random(self, *salt: object) -> random.Random:

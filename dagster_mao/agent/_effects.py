@@ -113,15 +113,12 @@ def _undo(told: dict[str, Any], output: pl.DataFrame | None, inputs: Mapping[str
 
 def effects_of(agent: Agent) -> EffectKind:
     """Which effects an agent has: as declared, else "reversible" where it can undo them, else "read_only"."""
-    declared = getattr(agent, "effects", None)
-    if declared is not None:
-        return declared  # type: ignore[no-any-return]
-    return "read_only" if _compensate(agent) is None else "reversible"
+    return agent.effects
 
 
 def undo_resources(agent: Agent) -> tuple[str, ...]:
     """Names of the resources that undoing needs: the keyword-only parameters of `compensate` without a default."""
-    compensate = _compensate(agent)
+    compensate = agent.compensate
     if compensate is None:
         return ()
     parameters = inspect.signature(compensate).parameters.values()
@@ -130,7 +127,7 @@ def undo_resources(agent: Agent) -> tuple[str, ...]:
 
 def check_effects(agent: Agent) -> None:
     """Raises WiringError, naming agent, field and fix, where what the agent declares of its effects does not fit together."""
-    compensate, kind, because = _compensate(agent), effects_of(agent), getattr(agent, "irreversible_because", None)
+    compensate, kind, because = agent.compensate, agent.effects, agent.irreversible_because
     if kind not in _KINDS:
         _wrong(agent, "effects", f"`effects` is {kind!r}", f"one of {', '.join(map(repr, _KINDS))}")
     if kind == "read_only" and compensate is not None:
@@ -148,7 +145,7 @@ def check_effects(agent: Agent) -> None:
         _wrong(
             agent, "irreversible_because", "`irreversible_because` says nothing about it", "words, of an agent with irreversible effects"
         )
-    _check_undo_policy(agent, getattr(agent, "undo_policy", None), compensate)
+    _check_undo_policy(agent, agent.undo_policy, compensate)
     if compensate is not None:
         _check_compensate(agent, compensate)
 
@@ -159,7 +156,7 @@ def check_pivots(agents: Mapping[str, Agent]) -> None:
     What cannot be undone comes last: every other agent of the pipeline is among its ancestors.
     """
     for name, agent in agents.items():
-        if effects_of(agent) != "irreversible" or getattr(agent, "irreversible_because", None):
+        if agent.effects != "irreversible" or agent.irreversible_because:
             continue
         ancestors = _ancestors(agents, name)
         if others := [other for other in agents if other != name and other not in ancestors]:
@@ -173,7 +170,7 @@ def check_pivots(agents: Mapping[str, Agent]) -> None:
 
 def call_compensate(agent: Agent, undo: Undo, resources: Mapping[str, Any]) -> Any:
     """Invokes `compensate` once; an awaitable where it is async. WiringError for a resource that is not there."""
-    compensate = _compensate(agent)
+    compensate = agent.compensate
     assert compensate is not None
     missing = [name for name in undo_resources(agent) if name not in resources]
     if missing:
@@ -189,12 +186,7 @@ def call_compensate(agent: Agent, undo: Undo, resources: Mapping[str, Any]) -> A
 
 def is_async_undo(agent: Agent) -> bool:
     """Whether `compensate` is awaited."""
-    return inspect.iscoroutinefunction(_compensate(agent))
-
-
-def _compensate(agent: Agent) -> Callable[..., Any] | None:
-    found = getattr(agent, "compensate", None)
-    return found if found is not None else None
+    return inspect.iscoroutinefunction(agent.compensate)
 
 
 def _check_compensate(agent: Agent, compensate: Callable[..., Any]) -> None:
@@ -230,7 +222,7 @@ def _ancestors(agents: Mapping[str, Agent], name: str) -> set[str]:
     waiting = [name]
     while waiting:
         for read in agents[waiting.pop()].inputs:
-            if read.upstream not in found:
+            if read.upstream in agents and read.upstream not in found:
                 found.add(read.upstream)
                 waiting.append(read.upstream)
     return found

@@ -13,9 +13,10 @@ from typing import Any
 
 import polars as pl
 
-from dagster_mao.agent import Agent, AgentContext, Shape, check_degradation
+from dagster_mao.agent import Agent, AgentContext, NoEffects, Shape, check_degradation
 from dagster_mao.boundary._call import Calls, RecordCalls, WholeCall
 from dagster_mao.boundary._checks import BREAKER, OUTPUT, PINNED_BASE, Check, check_names, input_check
+from dagster_mao.boundary._effects import journaled
 from dagster_mao.boundary._expect import REPORT
 from dagster_mao.boundary._policy import EVERY, UNKEPT, in_force
 from dagster_mao.boundary._scratch import Scratch
@@ -84,6 +85,7 @@ def run_agent(
                 now=attempt.now,
                 seed=attempt.seed(agent.name),
                 partition_key=partition_key,
+                having=NoEffects(agent.name) if agent.effects == "read_only" else None,
                 log=log or logging.getLogger(f"dagster_mao.agent.{agent.name}"),
             )
             started = time.perf_counter()
@@ -96,12 +98,18 @@ def run_agent(
             }
             if records is not None:
                 return step.seal(step.as_frame(records), pinned, frames, policy=policy, **provenance)
-            with Calls(store, agent, attempt, policy, context, resources or {}, scratch, config=config_digest, fresh=fresh) as calls:
+            common: dict[str, Any] = {"config": config_digest, "fresh": fresh}
+            with (
+                journaled(store, agent, attempt, pinned, policy) as effects,
+                Calls(store, agent, attempt, policy, context, resources or {}, scratch, effects=effects, **common) as calls,
+            ):
                 if agent.is_entry or agent.output_shape is not Shape.RECORD:
                     answered = WholeCall(calls, step).run(frames, pinned, files)
                 else:
                     answered = step.of_records(RecordCalls(calls, step).run(frames))
-                return step.seal(
+                if effects is not None:
+                    effects.executed()
+                outcome = step.seal(
                     answered,
                     pinned,
                     frames,
@@ -112,3 +120,6 @@ def run_agent(
                     summary=calls.summary(),
                     **provenance,
                 )
+                if effects is not None:
+                    effects.sealed(outcome.seal.version)
+                return outcome

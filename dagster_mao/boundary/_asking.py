@@ -99,13 +99,13 @@ class Asking:
             return self._failed(error, raised)
 
     def _of(self, one: One) -> AgentContext:
-        return self._context.of_call(one.record, one.key)
+        return self._context.of_call(one.record, one.key, one.effects)
 
     def _execute(self, one: One) -> Any:
         if one.stopped:
             raise StoppedError
         one.state = EXECUTING
-        return self._agent.call(self._context.of_call(one.record, one.key), one.values, self._resources)
+        return self._agent.call(self._context.of_call(one.record, one.key, one.effects), one.values, self._resources)
 
     def _degraded(self, error: Exception) -> Deferred | None:
         """What the policy makes of a call that was refused; None where its fallback, or nobody, is to answer. Raises what ends the step."""

@@ -33,6 +33,8 @@ from dagster_mao.state import Attempt, CallSummary, KeptFile, KeptFrames, Seal, 
 
 if TYPE_CHECKING:
     from dagster_mao.gateway import Answer, Answers
+    from dagster_mao.journal import Chunk as AnnouncedCalls
+    from dagster_mao.journal import Step as JournaledStep
 
 _SHORTEST_KEPT = 3600.0  # seconds: the file of an answer outlives it, however short that is
 ASYNC_CALLS = 16  # of a record-wise async agent, in flight by default
@@ -58,7 +60,9 @@ class Calls:
         *,
         config: str,
         fresh: bool,
+        effects: JournaledStep | None = None,
     ) -> None:
+        self.effects = effects
         self.store, self.agent, self.policy, self.attempt, self.scratch = store, agent, policy, attempt, scratch
         self.context, self._resources = context, resources
         self.keys = CallKeys(attempt.workflow_id, attempt.epoch, agent.name)
@@ -181,7 +185,7 @@ class RecordCalls:
         self._unkept: str | None = None
         in_turn = not calls.agent.is_async and calls.agent.concurrency in (None, 1)
         # An `execute` that somebody put in the place of the agent's own, as tests do, is called by its name.
-        self._is_plain = in_turn and enforces_nothing(calls.policy) and "execute" not in vars(calls.agent)
+        self._is_plain = in_turn and enforces_nothing(calls.policy) and "execute" not in vars(calls.agent) and calls.effects is None
 
     def run(self, frames: Mapping[str, pl.LazyFrame]) -> Iterator[list[BaseModel]]:
         """The outputs, in the order of the first keyed upstream, chunk by chunk."""
@@ -204,7 +208,16 @@ class RecordCalls:
         self._results = [None] * len(keys)
         reused = self._reuse(keys, chunk.records)
         wanted = [place for place in range(len(keys)) if place not in reused] if reused else range(len(keys))
+        announced = None
+        if self._calls.effects is not None:
+            from dagster_mao.journal import Chunk as AnnouncedCalls
+
+            announced = AnnouncedCalls(self._calls.effects, list(zip(chunk.records, keys, strict=True)))
+            for place in reused:
+                announced.skip(place)
         if not wanted:
+            if announced is not None:
+                announced.close()
             return
         shown: Sequence[str | None] = [None] * len(keys) if self._calls.is_personal else chunk.records
         self._chunk = chunk
@@ -212,10 +225,12 @@ class RecordCalls:
             self._plainly(chunk, keys, shown)
             return
         values = chunk.values(wanted if reused else None)
-        ones = (
+        ones: Iterator[One] = (
             One(place, chunk.records[place], shown[place], keys[place], given, self._tell)
             for place, given in zip(wanted, values, strict=True)
         )
+        if announced is not None:
+            ones = _announcing(announced, ones)
         limit = self._agent.concurrency
         if self._agent.is_async:
             self._calls.loop().run(as_tasks(ones, self._awork, limit or ASYNC_CALLS))
@@ -223,6 +238,8 @@ class RecordCalls:
             in_threads(ones, self._work, min(limit, len(wanted)))
         else:
             in_place(ones, self._work)
+        if announced is not None:
+            announced.close()
 
     def _reuse(self, keys: Sequence[str], records: Sequence[str | None]) -> set[int]:
         """Puts what was answered before in its place; the places."""
@@ -275,12 +292,20 @@ class RecordCalls:
         self._put(one, self._calls.asking.unanswered(one, error, self._is_answer, self._contract.name))
 
     def _work(self, one: One) -> None:
-        outcome = self._asking.ask(one, self._is_answer, self._contract.name)
+        if one.effects is None:
+            outcome = self._asking.ask(one, self._is_answer, self._contract.name)
+        else:
+            with one.effects:
+                outcome = self._asking.ask(one, self._is_answer, self._contract.name)
         if self._put(one, outcome) and (value := self._dumped(one)) is not None:
             self._answers.keep(one.key, one.shown, value, one.last)  # type: ignore[union-attr, arg-type]
 
     async def _awork(self, one: One) -> None:
-        outcome = await self._asking.aask(one, self._is_answer, self._contract.name)
+        if one.effects is None:
+            outcome = await self._asking.aask(one, self._is_answer, self._contract.name)
+        else:
+            with one.effects:
+                outcome = await self._asking.aask(one, self._is_answer, self._contract.name)
         if self._put(one, outcome) and (value := self._dumped(one)) is not None:
             await self._answers.akeep(one.key, one.shown, value, one.last)  # type: ignore[union-attr, arg-type]
 
@@ -339,6 +364,14 @@ class RecordCalls:
         return "" if self._calls.is_personal or key is None else f" on record {key!r}"
 
 
+def _announcing(announced: AnnouncedCalls, ones: Iterator[One]) -> Iterator[One]:
+    """Each call when its intent is on disk."""
+    for one in ones:
+        announced.announce(one.place)
+        one.effects = announced.call(one.place)
+        yield one
+
+
 class _TooManyError(Exception):
     """More records failed than may be set aside."""
 
@@ -367,12 +400,31 @@ class WholeCall:
 
     def run(self, frames: Mapping[str, pl.LazyFrame], pinned: Sequence[Seal], files: ExitStack) -> pl.LazyFrame | Staged:
         """What it answered, now or before, as a frame of the output contract's columns."""
-        calls, agent = self._calls, self._agent
+        calls = self._calls
         key = calls.keys(None, self._digest(pinned))
-        if calls.answers is not None and (reused := self._reuse(calls.answers, key)) is not None:
+        reused = self._reuse(calls.answers, key) if calls.answers is not None else None
+        if calls.effects is None:
+            return self._run(key, reused, frames, files, None)
+        from dagster_mao.journal import Chunk as AnnouncedCalls
+
+        announced = AnnouncedCalls(calls.effects, [(None, key)])
+        if reused is not None:
+            announced.skip(0)
+            announced.close()
+            return self._run(key, reused, frames, files, None)
+        announced.announce(0)
+        with announced.call(0) as effects:
+            return self._run(key, None, frames, files, effects)
+
+    def _run(
+        self, key: str, reused: pl.LazyFrame | None, frames: Mapping[str, pl.LazyFrame], files: ExitStack, effects: Any
+    ) -> pl.LazyFrame | Staged:
+        calls, agent = self._calls, self._agent
+        if reused is not None:
             return self._step.as_frame(reused, from_fallback=False)
         values = {i.parameter: frames[i.upstream] if i.shape is Shape.LAZYFRAME else frames[i.upstream].collect() for i in agent.inputs}
         one = One(0, None, None, key, values, calls.log.tell)
+        one.effects = effects
         expects: Any = Iterable if agent.output_shape is Shape.RECORD else (pl.LazyFrame, pl.DataFrame)
         outcome = self._asked(one, lambda value: isinstance(value, expects))
         if not isinstance(outcome, Answered):

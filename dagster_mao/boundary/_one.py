@@ -49,7 +49,7 @@ class One:
     a try has ended without an answer.
     """
 
-    __slots__ = ("key", "last", "on_failed", "place", "record", "shown", "state", "stopped", "tell", "values")
+    __slots__ = ("effects", "key", "last", "on_failed", "place", "record", "shown", "state", "stopped", "tell", "values")
 
     def __init__(
         self, place: int, record: str | None, shown: str | None, key: str, values: Mapping[str, Any], tell: Callable[[Any], object]
@@ -58,6 +58,7 @@ class One:
         self.last: CallRecord | None = None
         self.state = WAITING
         self.stopped = False
+        self.effects: Any = None  # how it has effects, as a context; None where the agent has none
         self.on_failed: Callable[[], object] | None = None
 
     def __call__(self, told: CallRecord) -> None:

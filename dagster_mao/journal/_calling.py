@@ -13,7 +13,7 @@ from dagster_mao.errors import AgentFailedError, FencedError, WiringError
 from dagster_mao.journal._effect import Effect, NotDoneError, batch_key, effect_key
 from dagster_mao.journal._pages import DONE, GONE_DONE, GONE_UNKNOWN, INTENDED, NOT_DONE, UNKNOWN, Earlier, Entry, Segment, Slot, Slots
 from dagster_mao.journal._step import Identity, Step
-from dagster_mao.journal._values import digest_of, driven, json_of, rows_of, value_of
+from dagster_mao.journal._values import digest_of, driven, json_of, nothing, rows_of, value_of, was_awaited
 
 if TYPE_CHECKING:
     from dagster_mao.journal._journal import Journal
@@ -172,6 +172,8 @@ class Try:
         again, state, result = calling.known(slot)
         if state == DONE:
             step.check()
+            if was_awaited(result):
+                yield nothing()
             return self._returned(slot.name, result)
         step.intend(calling.number, slot, again, covered=calling.record is not None)
         step.check()
@@ -180,9 +182,9 @@ class Try:
         became, told = UNKNOWN, None
         try:
             value = function(effect)
-            if inspect.isawaitable(value):
+            if awaited := inspect.isawaitable(value):
                 value = yield value
-            became, told = DONE, json_of(value)
+            became, told = DONE, json_of(value, awaited=awaited)
         except NotDoneError:
             became = NOT_DONE
             raise
@@ -233,6 +235,8 @@ class Try:
         self, slot: Slot, function: Callable[..., Any], rows: Iterator[tuple[str, Any]], size: int | None
     ) -> Generator[Any, Any, dict[str, Any]]:
         step, results = self._step.here(), dict[str, Any]()
+        if inspect.iscoroutinefunction(function):
+            yield nothing()
         if step.elsewhere:
             step.journal.refresh(step.earlier)
         own = step.done_before() if step.elsewhere or self._calling.tries > 1 else None
@@ -250,6 +254,8 @@ class Try:
                     if own is not None and state != DONE:
                         state, told = own.of_key(key)
                     if state == DONE:
+                        if was_awaited(told):
+                            yield nothing()
                         results[str(effect.record)] = self._returned(slot.name, told)
                     else:
                         waiting.append(_Waiting(number, effect, state))
@@ -279,7 +285,7 @@ class Try:
         became, told = UNKNOWN, list[str | None]()
         try:
             value = function([one.effect for one in part] if whole else part[0].effect)
-            if inspect.isawaitable(value):
+            if awaited := inspect.isawaitable(value):
                 value = yield value
             answers = list(value) if whole else [value]
             if len(answers) != len(part):
@@ -288,7 +294,7 @@ class Try:
                     agent=step.identity.agent,
                     fix="return one result per effect, in their order",
                 )
-            became, told = DONE, [json_of(answer) for answer in answers]
+            became, told = DONE, [json_of(answer, awaited=awaited) for answer in answers]
         except NotDoneError:
             became = NOT_DONE
             raise

@@ -15,12 +15,13 @@ from dagster_mao.errors import InvalidRecordsError
 _ROWS = 10_000
 
 
-def json_of(value: Any) -> str | None:
-    """The value as JSON; None for what has none."""
-    if value is None:
-        return "null"
+_AWAITED = " "  # before the JSON, which does not mind
+
+
+def json_of(value: Any, *, awaited: bool = False) -> str | None:
+    """The value as JSON; None for what has none. It tells whether it was `awaited`: then it will be whenever it is asked for."""
     try:
-        return to_json(value).decode()
+        return (_AWAITED if awaited else "") + to_json(value).decode()
     except (PydanticSerializationError, ValueError, RecursionError):
         return None
 
@@ -64,6 +65,14 @@ def driven(steps: Generator[Any, Any, Any]) -> Any:
     except StopIteration as stop:
         return stop.value
     return _awaiting(steps, waiting)
+
+
+def was_awaited(told: str | None) -> bool:
+    return told is not None and told.startswith(_AWAITED)
+
+
+async def nothing() -> None:
+    """What a generator yields to `driven` so that what it returns is awaited."""
 
 
 async def _awaiting(steps: Generator[Any, Any, Any], waiting: Any) -> Any:

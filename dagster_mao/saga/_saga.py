@@ -19,18 +19,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import sleep
 from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 
-from dagster_mao.agent import Agent
-from dagster_mao.agent._effects import Undo, call_compensate, effects_of, is_async_undo
+from dagster_mao.agent import Agent, Undo, call_compensate, is_async_undo
 from dagster_mao.errors import FencedError, StoreError, WiringError
-from dagster_mao.gateway import Gateway, Policy, shared_store
-from dagster_mao.journal import Effect, hidden
+from dagster_mao.gateway import Gateway, Policy
+from dagster_mao.journal import Effect, hidden, journal_of
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.saga._order import Needed, Superseded, has_sealed, in_order
 from dagster_mao.state import Seal, StateStore, is_completed
@@ -164,7 +163,7 @@ class Saga:
         found = []
         for agent in in_order(self._pipeline, steps, seals):
             effects, *_ = self._found(agent, steps, seals)
-            known = sum(effect.known for effect in effects)
+            known = sum(_is_done(effect) for effect in effects)
             how: Any = states.get(agent, "pending")
             found.append(PlannedUndo(agent, how, known, len(effects) - known, self._kind(agent) == "irreversible"))
         return Plan(self.workflow_id, self.attempt, state, tuple(found))
@@ -275,8 +274,10 @@ class Saga:
         newest = sorted(own, reverse=True)
         if self._superseded_by:
             saga = self._sagas.find(self.workflow_id, self.attempt, self._superseded_by)
-            effects = [effect for step in newest for effect in told[step].superseded(saga.id)] if saga else []
-            return effects, {}, [], own
+            if saga is None or saga.fenced is None:  # nobody took hold of them yet
+                marked = self._superseding()[0].get((self.attempt, self._superseded_by), {})
+                return [effect for step in newest for effect in marked.get(step, ())], {}, [], own
+            return [effect for step in newest for effect in told[step].superseded(saga.id)], {}, [], own
         effects = [effect for step in newest for effect in told[step].outstanding(own[step].undone_to)]
         left, adopted = self._needed(own, seals).adopt(effects)
         return left, {step: told[step].last for step in own}, adopted, own
@@ -299,10 +300,9 @@ class Saga:
             sleep(min(left, 0.5))
 
     def _deadline(self, row: SagaRow, effect: Outstanding, steps: Mapping[int, StepRow]) -> float | None:
-        from dagster_mao.journal._pages import DONE, GONE_DONE
         from dagster_mao.journal._step import FENCE_SECONDS, SLACK_SECONDS
 
-        if effect.entry.state in (DONE, GONE_DONE) or effect.entry.slot.compares:
+        if _is_done(effect) or effect.entry.slot.compares:
             return None
         if effect.known:
             return effect.entry.deadline
@@ -332,7 +332,7 @@ class Saga:
             read_inputs=inputs,
             log=self._log,
         )
-        policy = getattr(declared, "undo_policy", None) or Policy(keep_answers=0)
+        policy = replace(declared.undo_policy or Policy(), keep_answers=0)
         gateway = Gateway(policy, f"{self._pipeline.name}.{agent}.undo", self._store.database)
         try:
             if is_async_undo(declared):
@@ -343,16 +343,13 @@ class Saga:
             gateway.flush()
 
     def _effect(self, row: SagaRow, effect: Outstanding, steps: Mapping[int, StepRow], records: Mapping[str, str]) -> Effect:
-        from dagster_mao.journal._pages import DONE, GONE_DONE
-
-        is_done = effect.entry.state in (DONE, GONE_DONE)
         deadline = self._deadline(row, effect, steps)
         return Effect(
             key=effect.key.hex(),
             epoch=next(iter(steps.values())).epoch,
             name=effect.entry.slot.name,
             record=records.get(effect.record or "", effect.record),
-            state="done" if is_done else "unknown",
+            state="done" if _is_done(effect) else "unknown",
             result=None if effect.entry.result is None else json.loads(effect.entry.result),
             deadline=None if deadline is None else dt.datetime.fromtimestamp(deadline, dt.timezone.utc),
         )
@@ -428,7 +425,7 @@ class Saga:
 
     def _kind(self, agent: str) -> str:
         declared = self._pipeline.agents.get(agent)
-        return "reversible" if declared is None else effects_of(declared)
+        return "reversible" if declared is None else declared.effects
 
     @contextmanager
     def _keeping(self, row: SagaRow) -> Iterator[None]:
@@ -455,15 +452,15 @@ class Saga:
 
 def sagas_of(store: StateStore) -> Sagas:
     """The journal of a store, as compensators have it. Raises `WiringError` where there is no database."""
-    from dagster_mao.journal import Journal, Sagas
+    from dagster_mao.journal import Sagas
 
-    if store.database is None:
-        raise WiringError(
-            "Effects are journaled in an SQL database, and none is named",
-            field="database",
-            fix="give the state store a database: `postgresql://user@host/database`, or, for one host, the path of an SQLite file",
-        )
-    return Sagas(Journal(shared_store(store.database)))
+    return Sagas(journal_of(store.database))
+
+
+def _is_done(effect: Outstanding) -> bool:
+    from dagster_mao.journal._pages import DONE, GONE_DONE
+
+    return effect.entry.state in (DONE, GONE_DONE)
 
 
 def _void(pipeline: str, workflow_id: str, attempt: str) -> SagaRow:

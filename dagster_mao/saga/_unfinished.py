@@ -87,6 +87,7 @@ def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
         held.add((row.workflow_id, row.attempt))
         found.append(_of_saga(row, journal.steps(row.workflow_id, row.attempt), journal))
     groups: dict[tuple[str, str], list[StepRow]] = {}
+    completed: dict[str, list[StepRow]] = {}
     for step in journal.open_steps(pipeline):
         groups.setdefault((step.workflow_id, step.attempt), []).append(step)
     for (workflow_id, attempt), steps in groups.items():
@@ -96,24 +97,27 @@ def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
             saga = journal.find(workflow_id, attempt)
             found.append(_unfinished(steps, journal, "late", None if saga is None else saga.tries, saga))
         elif is_completed(store.seals(workflow_id), attempt):
-            found += _superseded(store, journal, workflow_id, attempt, steps)
+            completed.setdefault(workflow_id, []).extend(steps)
         else:
             found.append(_unfinished(steps, journal, "attempt", 0, None))
+    for workflow_id, steps in completed.items():
+        found += _superseded(store, journal, workflow_id, steps)
     return found
 
 
-def _superseded(store: StateStore, journal: Sagas, workflow_id: str, attempt: str, steps: list[StepRow]) -> list[Unfinished]:
-    """What a completed attempt superseded; nothing, and it is settled, where it superseded nothing."""
-    seals, every = store.seals(workflow_id), journal.steps(workflow_id)
-    superseded = Superseded(every, seals)
+def _superseded(store: StateStore, journal: Sagas, workflow_id: str, steps: list[StepRow]) -> list[Unfinished]:
+    """What completed attempts superseded of each other. They are settled where that is nothing."""
+    every = journal.steps(workflow_id)
+    superseded = Superseded(every, store.seals(workflow_id))
     told, waits = superseded.found(journal.told(superseded.steps)) if superseded.steps else ({}, False)
     found = []
     for (earlier, later), of_steps in told.items():
         own = [step for step in every if step.id in of_steps]
         found.append(_unfinished(own, journal, "superseded", 0, None, superseded_by=later, attempt=earlier))
-    if any(step.state == "running" for step in steps):
-        # It was re-executed after it had completed: that goes on, or died.
-        return [*found, _unfinished(steps, journal, "attempt", 0, None)]
+    # Where one was re-executed after it had completed, that goes on, or died.
+    for attempt in dict.fromkeys(step.attempt for step in steps if step.state == "running"):
+        waits = True
+        found.append(_unfinished([step for step in steps if step.attempt == attempt], journal, "attempt", 0, None))
     if not found and not waits:
         journal.settle(workflow_id, [step.id for step in steps])
     return found
@@ -122,8 +126,9 @@ def _superseded(store: StateStore, journal: Sagas, workflow_id: str, attempt: st
 def request(store: StateStore, pipeline: str, workflow_id: str | None, attempt: str, *, run_id: str | None, why: str) -> int:
     """Asks for the compensation of an attempt; of how many workflows.
 
-    For hooks, which run while other steps do: nothing is undone or fenced now, and should the attempt complete after all, nothing will
-    be. Without a workflow, in all where the attempt has steps. Nothing for what has completed, or has no effects. `why`: the class of an error. Never raises what the store raises: that is logged.
+    For hooks, which run while other steps do: nothing is undone or fenced now, and should the attempt complete after all, nothing will be.
+    Without a workflow, in all where the attempt has steps. Nothing for what has completed, or has no effects. `why`: the class of an
+    error. Never raises what the store raises: that is logged.
     """
     try:
         if not _is_there(store):
