@@ -22,7 +22,7 @@ from dagster_mao.contract._json import dumped, loaded, restoring
 from dagster_mao.contract._markers import FromFallback, Key
 from dagster_mao.contract._rules import Rule, rules_of
 from dagster_mao.contract._types import Field, Type, definitions_of, dtype_text, fields_of, has_model_validators, modes_of
-from dagster_mao.contract._values import EXTRAS, MICROSECOND, UndecodableError, decode_struct, decoded, encoded
+from dagster_mao.contract._values import EXTRAS, MICROSECOND, UndecodableError, decode_struct, encoded
 from dagster_mao.contract._verdict import MASK, Refused, RuleFailure, Sifted, Verdict, plain, text_of
 from dagster_mao.errors import ContractDefinitionError, InvalidRecordsError
 
