@@ -57,11 +57,20 @@ def applications(ctx: mao.AgentContext, *, applications_file: ApplicationsFile) 
     return applications_file.records(day=ctx.partition_key)
 
 
-@mao.agent(version="1", owners=["team:credit"], kinds=["python"])
+def cancel(undo: mao.Undo, *, core_bank: CoreBank) -> None:
+    """Takes back what a failed attempt did, or may have done, at the bank. From then on the bank refuses what comes late."""
+    for effect in undo.effects:
+        core_bank.cancel(effect.key, undo.epoch)
+
+
+@mao.agent(version="1", owners=["team:credit"], kinds=["python"], compensate=cancel)
 async def credit_score(ctx: mao.AgentContext, applications: CreditFile, *, core_bank: CoreBank) -> CreditScore:
     """Scores how the applicant has handled money so far. Places a credit inquiry, which other banks can see."""
-    key = f"{ctx.workflow_id}/{ctx.agent}/{applications.application_id}"
-    await asyncio.to_thread(core_bank.post, key, "inquiry", applications.application_id)
+
+    async def inquire(effect: mao.Effect) -> bool:
+        return await asyncio.to_thread(core_bank.post, effect.key, "inquiry", applications.application_id, epoch=effect.epoch)
+
+    await ctx.effect("inquiry", inquire, compares_epoch=True)
     points = {name: values.get(getattr(applications, name), 0) for name, values in SCORECARD.items()}
     return CreditScore(
         application_id=applications.application_id,
@@ -132,13 +141,19 @@ class Approval(mao.Agent):
             outcome = "decline"
         elif risk.grade == "medium" or fraud_detection.signals:
             outcome = "refer"
+
+        def post(effect: mao.Effect) -> bool:
+            return core_bank.post(effect.key, effect.name, risk.application_id, risk.credit_amount, epoch=effect.epoch)
+
         if outcome == "approve":
-            key = f"{ctx.workflow_id}/{ctx.agent}/{risk.application_id}"
-            core_bank.post(f"{key}/funds", "reservation", risk.application_id, amount=risk.credit_amount)
-            core_bank.post(f"{key}/offer", "offer", risk.application_id, amount=risk.credit_amount)
+            ctx.effect("reservation", post, compares_epoch=True)
+            ctx.effect("offer", post, compares_epoch=True)
         return Decision(
             application_id=risk.application_id,
             outcome=outcome,
             credit_amount=risk.credit_amount,
             reasons=[*risk.reasons, *fraud_detection.signals],
         )
+
+    def compensate(self, undo: mao.Undo, *, core_bank: CoreBank) -> None:
+        cancel(undo, core_bank=core_bank)

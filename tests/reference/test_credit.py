@@ -5,6 +5,7 @@ from typing import get_args
 
 import polars as pl
 import pytest
+from pydantic import PrivateAttr
 
 import dagster_mao as mao
 from assets import contracts
@@ -13,6 +14,7 @@ from assets.contracts import PROTECTED, Application, CreditFile
 from assets.fairness import against_outcomes, scores
 from assets.pipeline import credit
 from dagster_mao.contract import Contract
+from dagster_mao.saga import Saga, unfinished
 from resources.applications import ApplicationsFile
 from resources.core_bank import CoreBank
 
@@ -48,12 +50,53 @@ def test_every_approval_has_its_effects_and_nothing_else_has(bank):
     ]
 
 
-def test_a_second_attempt_asks_again_and_nothing_takes_effect_twice(bank, tmp_path):
+def test_a_second_attempt_asks_for_nothing_that_was_done(bank, tmp_path):
     store = mao.StateStore(tmp_path / "state")
     for _ in range(2):
         decide(SHIPPED.read().head(10), bank, store=store, workflow="2026-01-01")
     assert len(store.seals("credit/2026-01-01")) == 12
-    assert all(taken == repeated for _, taken, _, repeated, _ in bank.totals())
+    assert [(kind, repeated, cancelled) for kind, _, _, repeated, cancelled in bank.totals()] == [
+        (kind, 0, 0) for kind in ("inquiry", "reservation", "offer")
+    ]
+
+
+class LostLine(CoreBank):
+    """Does what it is asked for, and when it is the third offer, nobody hears that it did."""
+
+    _offers: int = PrivateAttr(default=0)
+
+    def post(self, key, kind, application_id, amount=0, *, epoch=0):
+        done = super().post(key, kind, application_id, amount, epoch=epoch)
+        self._offers += kind == "offer"
+        if self._offers == 3:
+            raise ConnectionError
+        return done
+
+
+def test_a_failed_attempt_leaves_nothing_at_the_bank_and_the_next_one_works(bank, tmp_path):
+    store = mao.StateStore(tmp_path / "state")
+    with pytest.raises(mao.AgentFailedError) as failed:
+        decide(SHIPPED.read().head(10), LostLine(path=bank.path), store=store, workflow="2026-01-01")
+    assert failed.value.compensation.state == "compensated"
+    assert sum(cancelled for *_, cancelled in bank.totals()) > 10, "inquiries, and a reservation at least"
+    assert sum(stand for _, stand, *_ in bank.totals()) == 0
+    approved = decide(SHIPPED.read().head(10), bank, store=store, workflow="2026-01-01")["approval"].filter(outcome="approve").height
+    assert {kind: stand for kind, stand, *_ in bank.totals()} == {"inquiry": 10, "reservation": approved, "offer": approved}
+
+
+def test_what_is_changed_undoes_what_it_supersedes(bank, tmp_path):
+    """Late data: one application asks for more; its old reservation and offer are cancelled, the others stand untouched."""
+    store, frame = mao.StateStore(tmp_path / "state"), SHIPPED.read().head(10)
+    first = decide(frame, bank, store=store, workflow="2026-01-01")["approval"].filter(outcome="approve")
+    one = first["application_id"][0]
+    more = frame.with_columns(credit_amount=pl.col("credit_amount") + pl.when(application_id=one).then(1).otherwise(0))
+    second = decide(more, bank, store=store, workflow="2026-01-01")["approval"].filter(outcome="approve")
+    (due,) = unfinished(store, "credit")  # as the sensor does it
+    saga = Saga(store, credit, due.workflow_id, due.attempt, superseded_by=due.superseded_by, resources={"core_bank": bank})
+    assert saga.run().state == "compensated"
+    totals = {kind: (stand, amount, cancelled) for kind, stand, amount, _, cancelled in bank.totals()}
+    assert totals["reservation"] == (second.height, second["credit_amount"].sum(), 1)
+    assert totals["offer"] == (second.height, second["credit_amount"].sum(), 1)
 
 
 def test_no_agent_is_handed_a_protected_attribute():
