@@ -222,7 +222,9 @@ class Attempt:
             if mine := self._already(seen, row):
                 reused = True
                 return mine
-            self._refuse_if_lost(agent, seen[pinned:])
+            # Whoever was told what to read may have been told what somebody else had done by then.
+            again = [] if self._reads is None else [seal for seal in seen[:pinned] if seal.parents == row["parents"]]
+            self._refuse_if_lost(agent, [*again, *seen[pinned:]])
             path = f"{table}/{snapshot_name(self.workflow_id, len(seen), staged.digest)}"
             self._objects.adopt(staged.file, path)
             aside = None

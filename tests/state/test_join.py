@@ -34,7 +34,10 @@ def test_runs_join_the_attempt_of_the_entry_and_read_what_they_were_told(store: 
 def test_the_last_version_is_not_read_unless_it_was_told(local_store: StateStore) -> None:
     entry = entered(local_store)
     first = seal(local_store, told(local_store, "run-1", 0), "score", 1.0, parents=[entry])
-    second = seal(local_store, told(local_store, "run-2", 0), "score", 2.0, parents=[entry])
+    by_hand = local_store.open_attempt(
+        pipeline="credit", attempt="run-2", run_id="run-2", plan=["score"], entry="applications", workflow_key="day"
+    )
+    second = seal(local_store, by_hand, "score", 2.0, parents=[entry])
     assert (first.version, second.version) == (1, 2)
     assert told(local_store, "run-3", 1).pin("score") == first
     with pytest.raises(PinError, match="not told which version"):
@@ -66,3 +69,11 @@ def test_a_version_whose_row_was_rewritten_is_not_read(local_store: StateStore) 
     attempt = local_store.join_attempt(seen, attempt="entry-run", reads=[0], run_id="run-1", plan=["score"])
     with pytest.raises(TamperedError):
         attempt.pin("applications")
+
+
+def test_what_was_sealed_before_this_run_joined_is_not_sealed_from_the_same_versions_again(local_store: StateStore) -> None:
+    entry = entered(local_store)
+    seal(local_store, told(local_store, "run-1", 0), "score", 1.0, parents=[entry])
+    with pytest.raises(StaleStateError, match="run-1 sealed version 1"):
+        seal(local_store, told(local_store, "run-2", 0), "score", 2.0, parents=[entry])
+    assert len(local_store.seals(WORKFLOW)) == 2
