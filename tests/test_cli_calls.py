@@ -60,13 +60,14 @@ def test_calls_as_a_person_reads_them(store: StateStore) -> None:
         "score",
         {"record": MARKUP_KEY, "outcome": "failed", "error": "ConnectionError"},
         {"call": "k0", "number": 2, "record": MARKUP_KEY, "input_tokens": 1200, "output_tokens": 34, "cost": 0.002},
-        {"record": "A2", "outcome": "refused", "number": 0, "error": "BreakerOpenError"},
+        {"record": "A2", "outcome": "refused", "number": 0, "error": "dagster_mao.errors.BreakerOpenError"},
     )
     out = call("calls", MONDAY, "--root", store.root)
     assert "\x1b" not in out
     lines = out.splitlines()
     assert all(len(line) <= 100 for line in lines[:-1])
     assert ["failed" in lines[1], "1,234" in lines[2] or "1234" in lines[2], "refused" in lines[3]] == [True] * 3
+    assert lines[3].split()[-1] == "BreakerOpenError"
     assert lines[-1] == (
         "score: 1 call in 2 tries, of which 1 failed (50.0%); p50 250 ms, p95 250 ms, p99 250 ms; 1 refused by an open breaker; "
         "1,200 + 34 tokens; cost 0.002."

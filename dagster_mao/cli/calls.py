@@ -69,7 +69,7 @@ def _print_calls(console: Console, rows: pl.DataFrame) -> None:
             "outcome": Text(plain(row["outcome"]).replace("_", " "), style=_STYLES.get(row["outcome"], "")),
             "seconds": f"{row['latency_seconds']:.3f}" if row["number"] else None,
             "tokens": tokens if (tokens := row["input_tokens"] + row["output_tokens"]) else None,
-            "error": row["error"],
+            "error": row["error"].rpartition(".")[2] if row["error"] else None,
         }
         table.add_row(*(value if isinstance(value := told[name], Text) else cell(value) for name in headings), cell(told["error"]))
     console.print(table)
