@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test check race bench clean
+.PHONY: help demo ui test long check race bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -16,6 +16,9 @@ ui: .venv/.installed ## Dagster's UI with the demo's history, until Ctrl-C (make
 
 test: .venv/.installed-dev ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+long: .venv/.installed-dev ## the exhaustive tests: processes killed at every point, every seed (an hour and more)
+	@$(BIN)/python -m pytest -m long --timeout 3600 $(ARGS)
 
 check: .venv/.installed-dev ## lint, types, import rules and tests: what .ci/run runs
 	@$(BIN)/ruff check .

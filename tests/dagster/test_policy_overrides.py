@@ -159,7 +159,7 @@ def test_an_override_is_in_force_and_in_the_seal_and_on_the_asset(tmp_path: Path
         result = run(instance, definitions(tmp_path, other, **{"*": {"retries": 1}, "asking": {"retries": 2, "timeout": 60}}))
     assert result.success
     store = StateStoreResource(root=str(tmp_path / "state")).store()
-    seals = {seal.agent: seal for seal in store.seals(store.workflows()[-1])}
+    seals = {seal.agent: seal for workflow in store.workflows() for seal in store.seals(workflow) if seal.run_id == result.run_id}
     assert seals["asking"].policy is not None
     assert (json.loads(seals["asking"].policy)["timeout"], shown(result)["mao/policy"]["timeout"]) == (60, 60)
     assert json.loads(str(seals["below"].policy))["retries"] == 1
