@@ -116,6 +116,7 @@ def run_agent(
                     policy=policy,
                     overridden=policy != (agent.policy or UNKEPT),
                     opened=calls.opened,
+                    closed_since=calls.closed_since(),
                     answered_instead=calls.answered_instead,
                     summary=calls.summary(),
                     **provenance,

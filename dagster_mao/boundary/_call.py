@@ -32,6 +32,8 @@ from dagster_mao.gateway import CallKeys, CallRecord, Gateway, Meter, Policy, en
 from dagster_mao.state import Attempt, CallSummary, KeptFile, KeptFrames, Seal, Staged, StateStore
 
 if TYPE_CHECKING:
+    import datetime as dt
+
     from dagster_mao.gateway import Answer, Answers
     from dagster_mao.journal import Chunk as AnnouncedCalls
     from dagster_mao.journal import Step as JournaledStep
@@ -113,6 +115,13 @@ class Calls:
     def opened(self) -> BreakerOpenError | None:
         """The refusal of an open breaker that the policy had an answer to; None where none was."""
         return self.asking.opened
+
+    def closed_since(self) -> dt.datetime | None:
+        """When the breaker that had refused calls closed again; None while it is not closed."""
+        if self.opened is not None:
+            with self.telling("it is not known whether the breaker closed again"):
+                return self._gateway.closed_since()
+        return None
 
     def loop(self) -> Loop:
         """The step's event loop. Below a sync agent it is asked for by the fallback, from whichever thread."""

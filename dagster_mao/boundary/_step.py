@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,16 +88,23 @@ class Step:
         """Whether the check is declared: by the agent, whatever an operator's override makes of its policy."""
         return bool(self._agent.policy and self._agent.policy.breaker)
 
-    def tell_breaker(self, policy: Policy, opened: BreakerOpenError | None, fallbacks: int) -> None:
-        """How the breaker stood. `opened` is the refusal that the fallback, or waiting, was the answer to; None where none was refused."""
+    def tell_breaker(
+        self, policy: Policy, opened: BreakerOpenError | None, fallbacks: int, closed_since: dt.datetime | None = None
+    ) -> None:
+        """How the breaker stood. `opened` is the refusal that the fallback, or waiting, was the answer to; None where none was refused.
+
+        `closed_since`: when it closed after that; None where it did not.
+        """
         if not self._has_breaker_check:
             return
         if opened is not None:
             waiting = f"{self.deferrals.own:,} records wait for the next run" if self.deferrals.own else ""
             instead = f"{fallbacks:,} answers are the fallback's" if fallbacks else ""
             told = "; ".join(part for part in (waiting, instead) if part) or "all its calls were answered in the end"
-            facts = {**_opened(opened), "deferred": self.deferrals.own, "fallbacks": fallbacks}
-            what = f"Open since {opened.since:%Y-%m-%d %H:%M:%S} UTC ({opened.why}): {told}"
+            facts = {**_opened(opened, closed_since), "deferred": self.deferrals.own, "fallbacks": fallbacks}
+            since = f"{opened.since:%Y-%m-%d %H:%M:%S} UTC"
+            stood = f"Open since {since}" if closed_since is None else f"Open from {since} to {closed_since:%Y-%m-%d %H:%M:%S} UTC"
+            what = f"{stood} ({opened.why}): {told}"
             self._checks[BREAKER] = Check(BREAKER, False, what, facts, "warn")
         elif policy.breaker is None:
             self._checks[BREAKER] = Check(BREAKER, True, "No breaker in force: an operator switched it off")
@@ -294,17 +302,19 @@ class Step:
         policy: Policy | None = None,
         overridden: bool = False,
         opened: BreakerOpenError | None = None,
+        closed_since: dt.datetime | None = None,
         answered_instead: bool = False,
         summary: CallSummary | None = None,
         **provenance: Any,
     ) -> Outcome:
         """Holds the batch to the output contract and makes it a version, with what was set aside and what waits beside it.
 
-        `opened` is the breaker's refusal that the `policy` in force had an answer to, `summary` what the calls came to.
+        `opened` is the breaker's refusal that the `policy` in force had an answer to, `closed_since` when it closed after that, `summary`
+        what the calls came to.
         """
         contract = self._output
         if policy is not None:
-            self.tell_breaker(policy, opened, 0)
+            self.tell_breaker(policy, opened, 0, closed_since)
         with ExitStack() as files:
             batch = frame if isinstance(frame, Staged) else files.enter_context(sunk(self._store, self._agent, frame))
             rows, kept = self._judge_output(batch.scan(), read)
@@ -319,7 +329,7 @@ class Step:
                 batch = files.enter_context(sunk(self._store, self._agent, kept))
             fallbacks = self._fallbacks(batch) if answered_instead else 0
             if policy is not None:
-                self.tell_breaker(policy, opened, fallbacks)
+                self.tell_breaker(policy, opened, fallbacks, closed_since)
             self._expect(batch, rows)
             sealed, reused = self._attempt.seal(
                 self._agent.name,
@@ -483,8 +493,10 @@ def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _opened(error: BreakerOpenError) -> dict[str, Any]:
+def _opened(error: BreakerOpenError, closed_since: dt.datetime | None = None) -> dict[str, Any]:
     told = {"breaker": error.breaker, "since": error.since.isoformat(), "why": error.why}
+    if closed_since is not None:
+        return {**told, "closed": closed_since.isoformat()}
     return {**told, "retry_after_seconds": error.retry_after}
 
 

@@ -6,6 +6,7 @@ clock, the one probe, and no lock and no SQL while the call itself runs. docs/ad
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
 import logging
@@ -15,9 +16,10 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pybreaker
 import sqlalchemy as sa
@@ -98,6 +100,7 @@ class Admission:
     """The permission for one call, to be answered by exactly one of its methods, once. None of them raises."""
 
     __slots__ = ("_breaker", "_generation", "_token")
+    is_held_up: Literal[False] = False
 
     def __init__(self, breaker: SharedBreaker, generation: int, token: str | None = None) -> None:
         self._breaker, self._generation, self._token = breaker, generation, token
@@ -126,6 +129,69 @@ class Admission:
             self._breaker._answer(self, "released")
 
 
+class Probing:
+    """No permission yet: another call is the probe, here or in another process, and what becomes of it decides.
+
+    `refusal` is for whoever does not wait.
+    """
+
+    __slots__ = ("_breaker", "_outcome", "refusal")
+    is_held_up: Literal[True] = True
+
+    def __init__(self, breaker: SharedBreaker, refusal: BreakerOpenError, outcome: futures.Future[None] | None) -> None:
+        self._breaker, self.refusal = breaker, refusal
+        self._outcome = outcome  # done when a probe of this process has ended; None for that of another
+
+    def admitted(self) -> Admission:
+        """The permission, when that probe has ended, and what may follow it: waits as long as a probe may take, and is refused then.
+
+        Raises as `SharedBreaker.enter`.
+        """
+        until, probing = self._breaker.patience(), self
+        while True:
+            seconds = probing._left(until)
+            if probing._outcome is None:
+                time.sleep(seconds)
+            else:
+                futures.wait((probing._outcome,), seconds)
+            entered = self._breaker.enter()
+            if not entered.is_held_up:
+                return entered
+            probing = entered
+
+    async def aadmitted(self) -> Admission:
+        """As `admitted`, without holding up the event loop."""
+        until, probing = self._breaker.patience(), self
+        while True:
+            seconds = probing._left(until)
+            if probing._outcome is None:
+                await asyncio.sleep(seconds)
+            else:
+                await _ended(probing._outcome, seconds)
+            entered = self._breaker.enter()
+            if not entered.is_held_up:
+                return entered
+            probing = entered
+
+    def _left(self, until: float) -> float:
+        """Seconds until it looks again, for a probe of this process too: somebody may decide by hand meanwhile."""
+        if (left := until - self._breaker.clock()) <= 0:
+            raise self.refusal
+        return min(left, LOOK_EVERY)
+
+
+async def _ended(outcome: futures.Future[None], seconds: float) -> None:
+    ended = asyncio.wrap_future(outcome)
+    try:
+        await asyncio.wait((ended,), timeout=seconds)
+    finally:
+        ended.cancel()
+
+
+# The probes that this process runs, by their tokens, whichever of its breakers admitted them.
+_probes: dict[str, futures.Future[None]] = {}
+
+
 class SharedBreaker:
     """The breaker `name` in one process; whoever uses the name on the same store shares it.
 
@@ -146,26 +212,40 @@ class SharedBreaker:
         self._shared, self._name, self._declared = shared, name, declared
         self._not_counted = not_counted
         self._lease = max(declared.reset_timeout, _SHORTEST_LEASE) if lease is None else lease
-        self._clock = clock
+        self.clock = clock
         # No lock: a thread that overwrites what another saw costs a look more, and it is the database that decides.
         self._seen: _Seen | None = None
         self._look_at = -math.inf
         self._success_at: float | None = None
 
-    def admit(self) -> Admission:
-        """Permission to make a call. Raises `BreakerOpenError`, and `StoreError` when the shared store cannot be asked."""
-        now = self._clock()
+    def enter(self) -> Admission | Probing:
+        """Permission to make a call, or what decides on it. Raises `BreakerOpenError`, and `StoreError` when the store cannot be asked."""
+        now = self.clock()
         seen = self._seen if now < self._look_at and self._seen else self._look(now)
         if seen.closed is not None:
             return seen.closed
-        if now < seen.wait_until:
-            raise self._refusal(seen, seen.wait_until - now)
-        return self._probe()
+        return self._held_up(seen, now) if now < seen.wait_until else self._probe()
+
+    def admit(self) -> Admission:
+        """As `enter`, for a call that waits for nobody's probe: it is refused."""
+        entered = self.enter()
+        if entered.is_held_up:
+            raise entered.refusal
+        return entered
+
+    def patience(self) -> float:
+        """Until when, by `clock`, a call that comes now waits for probes."""
+        return self.clock() + self._lease
+
+    def closed_since(self) -> dt.datetime | None:
+        """When it closed; None while it is not closed. Asks the store, and raises `StoreError`."""
+        seen = self._look(self.clock())
+        return None if seen.closed is None else seen.since
 
     def flush(self) -> None:
         """Tells the other processes of a success that they may not know of: at the end of a batch. Raises `StoreError`."""
         if self._success_at is not None:
-            self._look(self._clock())
+            self._look(self.clock())
 
     def counts(self, error: BaseException) -> bool:
         """Whether an error is a failure of the called side. What ends the process, the call or the step is not."""
@@ -198,8 +278,9 @@ class SharedBreaker:
         closed = Admission(self, row["generation"]) if row["state"] == STATE_CLOSED else None
         wait = _wait(row, now)
         # A wait that is over must be so for whoever looked at the clock before this.
-        until = math.inf if wait is None else self._clock() + wait if wait else -math.inf
-        self._seen = seen = _Seen(row["generation"], closed, until, _at(row["since"] or now), row["why"] or "")
+        until = math.inf if wait is None else self.clock() + wait if wait else -math.inf
+        prober = row["prober"] if row["state"] == STATE_HALF_OPEN else None
+        self._seen = seen = _Seen(row["generation"], closed, until, _at(row["since"] or now), row["why"] or "", prober)
         return seen
 
     def _is_declared(self, row: Any) -> bool:
@@ -208,19 +289,24 @@ class SharedBreaker:
     def _note_success(self, generation: int) -> None:
         seen = self._seen
         if seen is not None and seen.generation == generation:
-            self._success_at = self._clock()
+            self._success_at = self.clock()
 
     def _by_database(self, at: float | None, now: float) -> float | None:
         """A moment of this process's clock as the database's, where it is `now`."""
-        return None if at is None else now - (self._clock() - at)
+        return None if at is None else now - (self.clock() - at)
 
     def _forget(self, noted: float | None) -> None:
         if self._success_at == noted:  # else another thread has noted a later one
             self._success_at = None
 
-    def _refusal(self, seen: _Seen, wait: float) -> BreakerOpenError:
+    def _held_up(self, seen: _Seen, now: float) -> Probing:
+        """By the probe that somebody makes. Raises `BreakerOpenError` where nobody does."""
+        wait = seen.wait_until - now
         retry_after = max(0.0, wait) if wait < math.inf else None
-        return BreakerOpenError(self._name, since=seen.since, why=seen.why, retry_after=retry_after)
+        refusal = BreakerOpenError(self._name, since=seen.since, why=seen.why, retry_after=retry_after)
+        if seen.prober is None:
+            raise refusal
+        return Probing(self, refusal, _probes.get(seen.prober))
 
     # -- what all processes agree on -------------------------------------------------------------------------------------------------
 
@@ -243,21 +329,32 @@ class SharedBreaker:
             row.failures = [at for at in row.failures if at > succeeded]
         self._forget(noted)
 
-    def _probe(self) -> Admission:
-        """The one probe that half-open admits over all processes; else as `admit`."""
+    def _probe(self) -> Admission | Probing:
+        """The one probe that half-open admits over all processes; else as `enter`."""
         token = uuid.uuid4().hex
+        # Known before the row is: another thread that reads it there waits for its end.
+        _probes[token] = outcome = futures.Future[None]()
+        outcome.set_running_or_notify_cancel()
+        won = False
+        try:
+            row, won = self._locked_for(token)
+            seen = self._saw(row.values, row.now)
+        finally:
+            if not won:
+                _end_probe(token)
+        if won:
+            return Admission(self, seen.generation, token)
+        return seen.closed if seen.closed is not None else self._held_up(seen, self.clock())
+
+    def _locked_for(self, token: str) -> tuple[_Locked, bool]:
+        """The row, and whether the probe with the token is the one that it admits now."""
         with self._shared.transaction(durable=False) as connection:
             row = self._locked(connection)
             if won := row.state != STATE_CLOSED and _wait(row.values, row.now) == 0.0:
                 row.machine().half_open()
                 row.values |= {"prober": token, "lease_until": row.now + self._lease}
                 row.write()
-        seen = self._saw(row.values, row.now)
-        if won:
-            return Admission(self, seen.generation, token)
-        if seen.closed is not None:
-            return seen.closed
-        raise self._refusal(seen, seen.wait_until - self._clock())
+        return row, won
 
     def _answer(self, admission: Admission, outcome: str, why: str | None = None) -> None:
         """Records what became of a call. A store that is down must not hide the call's own answer: the next `admit` says so."""
@@ -271,6 +368,9 @@ class SharedBreaker:
             self._saw(row.values, row.now)
         except StoreError as error:
             _LOG.warning("circuit breaker %r: that a call %s could not be recorded: %s", self._name, outcome, error)
+        finally:
+            if admission._token is not None:
+                _end_probe(admission._token)
 
     def _settle(self, row: _Locked, admission: Admission, outcome: str, why: str | None) -> None:
         if admission.is_probe:
@@ -296,8 +396,15 @@ class _Seen:
     generation: int
     closed: Admission | None  # for all calls while the breaker is closed: it holds nothing of a call
     wait_until: float
-    since: dt.datetime
+    since: dt.datetime  # as in the row
     why: str
+    prober: str | None  # the token of the probe that runs
+
+
+def _end_probe(token: str) -> None:
+    """Wakes those of this process who wait for the probe."""
+    if (outcome := _probes.pop(token, None)) is not None:
+        outcome.set_result(None)
 
 
 class _Locked(pybreaker.CircuitBreakerStorage, pybreaker.CircuitBreakerListener):

@@ -18,7 +18,9 @@ from dagster_mao.gateway._retry import aretry_call, retry_call
 from dagster_mao.gateway._timeout import acall, call_in_child, call_in_thread, strays
 
 if TYPE_CHECKING:
-    from dagster_mao.gateway._breaker import Admission, SharedBreaker
+    import datetime as dt
+
+    from dagster_mao.gateway._breaker import Admission, Probing, SharedBreaker
     from dagster_mao.gateway._quota import Quota, Reserved
     from dagster_mao.gateway._shared import SharedStore
 
@@ -93,21 +95,27 @@ class Gateway:
     def _entered(self, observe: Observe | None) -> tuple[Admission | None, Reserved | None]:
         """Admitted by the breaker, with what the limits have reserved for it: the call is to be made now."""
         try:
-            admission = self._admit()
-            if self._quota is None:
-                return admission, None
-            with _given_back(admission):
-                reserved = self._quota.reserve()
-            if reserved.wait:
+            while True:
+                entered = self._enter()
+                if entered is not None and entered.is_held_up:
+                    entered = entered.admitted()
+                if self._quota is None:
+                    return entered, None
+                with _given_back(entered):
+                    reserved = self._quota.reserve()
+                if not reserved.wait:
+                    return entered, reserved
                 # It may be longer than a probe's lease, and the breaker may open meanwhile.
-                _release(admission)
+                _release(entered)
                 with self._returning(reserved):
                     time.sleep(reserved.wait)
-                    admission = self._admit()
+                    entered = self._enter()
+                    if entered is None or not entered.is_held_up:
+                        return entered, reserved
+                self._quota.give_back(reserved)  # a probe may take longer than a reservation holds
         except Exception as error:
             _not_made(error, observe)
             raise
-        return admission, reserved
 
     def _timed(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if self._policy.timeout is None:
@@ -129,26 +137,32 @@ class Gateway:
 
     async def _aentered(self, observe: Observe | None) -> tuple[Admission | None, Reserved | None]:
         try:
-            admission = self._admit()
-            if self._quota is None:
-                return admission, None
-            with _given_back(admission):
-                reserved = await self._quota.areserve()
-            if reserved.wait:
-                _release(admission)
+            while True:
+                entered = self._enter()
+                if entered is not None and entered.is_held_up:
+                    entered = await entered.aadmitted()
+                if self._quota is None:
+                    return entered, None
+                with _given_back(entered):
+                    reserved = await self._quota.areserve()
+                if not reserved.wait:
+                    return entered, reserved
+                _release(entered)
                 with self._returning(reserved):
                     await asyncio.sleep(reserved.wait)
-                    admission = self._admit()
+                    entered = self._enter()
+                    if entered is None or not entered.is_held_up:
+                        return entered, reserved
+                self._quota.give_back(reserved)
         except Exception as error:
             _not_made(error, observe)
             raise
-        return admission, reserved
 
     def _atimed(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> Awaitable[Any]:
         return function(*args) if self._policy.timeout is None else acall(function, args, {}, timeout=self._policy.timeout)
 
-    def _admit(self) -> Admission | None:
-        return self._breaker.admit() if self._breaker else None
+    def _enter(self) -> Admission | Probing | None:
+        return self._breaker.enter() if self._breaker else None
 
     @property
     def _is_guarded(self) -> bool:
@@ -166,6 +180,10 @@ class Gateway:
             if self._quota is not None:
                 self._quota.give_back(reserved)
             raise
+
+    def closed_since(self) -> dt.datetime | None:
+        """When its breaker closed, which had been open; None while it is not closed, or where there is none. Raises `StoreError`."""
+        return self._breaker.closed_since() if self._breaker else None
 
     def flush(self) -> None:
         """Tells other processes what this one knows of breaker and limits and has not told yet: at the end of a step."""

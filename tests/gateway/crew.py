@@ -8,14 +8,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pybreaker
 import sqlalchemy as sa
 
 from dagster_mao.errors import BreakerOpenError, StoreError
-from dagster_mao.gateway import Breaker
+from dagster_mao.gateway import Breaker, Gateway, Policy
 from dagster_mao.gateway._breaker import _ROWS, LOOK_EVERY, SharedBreaker, events
 from dagster_mao.gateway._shared import METADATA, SharedStore
 
@@ -65,6 +65,17 @@ class Ours:
 
     def age(self, seconds: float) -> None:
         age(self._shared, seconds)
+
+
+class Waiting(Ours):
+    """Calls as the gateway makes them: beside a probe they wait."""
+
+    def __init__(self, use: Use) -> None:
+        super().__init__(use)
+        self._gateway = Gateway(Policy(breaker=replace(use.declared, name=use.name), keep_answers=0), "", use.shared.url)
+
+    def call(self, function: Callable[[], None]) -> None:
+        self._gateway.call(function)
 
 
 class Plain(pybreaker.CircuitBreakerListener):
@@ -134,7 +145,7 @@ class _SqlStorage(pybreaker.CircuitBreakerStorage):
         self._set("counter", 0)
 
 
-ENGINES = {"ours": Ours, "plain": Plain, "merely shared": MerelyShared}
+ENGINES = {"ours": Ours, "waiting": Waiting, "plain": Plain, "merely shared": MerelyShared}
 
 
 def age(shared: SharedStore, seconds: float) -> None:
@@ -220,6 +231,10 @@ class Member:
         said = self._pipe.recv()
         self.in_call = said == "called"
         return said
+
+    def is_silent(self, seconds: float) -> bool:
+        """Whether it says nothing in so long."""
+        return not self._pipe.poll(seconds)
 
     def ask(self, *said: Any) -> Any:
         self.start(*said)

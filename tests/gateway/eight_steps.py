@@ -75,6 +75,7 @@ def asking(context: dg.OpExecutionContext, witness: Witness) -> None:
     while is_called("failing"):
         pass
     witness.hear("refused", name)
+    witness.hear("coming", name)
     while not is_called("probing"):
         witness.hear("refused-again", name)
     for _ in range(breaker.opens()):

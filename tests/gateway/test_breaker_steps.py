@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dagster_mao.gateway._breaker import LOOK_EVERY
 from tests.gateway.eight_steps import DECLARED, KINDS, STEPS
 
 pytestmark = pytest.mark.slow
@@ -23,10 +24,13 @@ class Side:
     """The called side, for one kind of breaker: it fails at first, and answers later.
 
     The first calls of all steps run at the same time. When all steps were refused, and time has passed, the first call that is made
-    has its answer only when each other step has made one as well, or was refused three times meanwhile.
+    has its answer only when each other step has made one as well, or was refused three times meanwhile; or, where they wait for it
+    (`is_waited_for`), when all have come, and some looks later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_waited_for: bool) -> None:
+        self._is_waited_for = is_waited_for
+        self._coming = set[str]()
         self.calls = Counter[str]()
         self.openings = 0
         self.probes = 0  # calls of the second kind, made before the first of them had its answer
@@ -40,6 +44,7 @@ class Side:
         return {
             "failing": self._fails,
             "refused": self._lets_time_pass,
+            "coming": self._comes,
             "probing": self._answers,
             "refused-again": self._refuses,
             "opened": self._opened,
@@ -58,13 +63,21 @@ class Side:
         time.sleep(DECLARED.reset_timeout * 1.1)  # nothing else ends a reset timeout
         return 200
 
+    def _comes(self, step: str) -> int:
+        with self._changed:
+            self._coming.add(step)
+            self._changed.notify_all()
+        return 200
+
     def _answers(self, step: str) -> int:
         with self._changed:
             if not self._is_answered:
                 self.probes += 1
                 self._prober = self._prober or step
                 self._changed.notify_all()
-                self._changed.wait_for(self._all_others_came, 120)
+                if self._is_waited_for:
+                    self._changed.wait_for(lambda: len(self._coming) == STEPS, 120)
+                self._changed.wait_for(self._all_others_came, 8 * LOOK_EVERY if self._is_waited_for else 120)
                 self._is_answered = True
                 self._changed.notify_all()
         return 200
@@ -88,7 +101,7 @@ class Side:
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Side]]:
     """What the witness saw of the run with each kind of breaker."""
-    seen = {kind.replace(" ", "_"): Side() for kind in KINDS}
+    seen = {kind.replace(" ", "_"): Side(kind == "ours") for kind in KINDS}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
