@@ -1,6 +1,8 @@
 # What a newcomer needs: Python 3.10-3.13 and make. `make demo PYTHON=python3.12` picks another Python.
 PYTHON ?= python3
 BIN := .venv/bin
+# Many tests wait for processes, servers and deadlines: two at a time take half as long. A worker that ends takes over what others have left.
+TESTS := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo ui test long check race bench clean
@@ -14,8 +16,8 @@ demo: .venv/.installed ## install, then decide 1 000 real loan applications (DAY
 ui: .venv/.installed ## Dagster's UI with the demo's history, until Ctrl-C (make ui PORT=3001 for another port)
 	@exec $(BIN)/python -m tools.ui $(if $(PORT),--port $(PORT))
 
-test: .venv/.installed-dev ## the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: .venv/.installed-dev ## the tests, on all cores
+	@$(TESTS) $(ARGS)
 
 long: .venv/.installed-dev ## the exhaustive tests: processes killed at every point, every seed (an hour and more)
 	@$(BIN)/python -m pytest -m long --timeout 3600 $(ARGS)
@@ -25,7 +27,7 @@ check: .venv/.installed-dev ## lint, types, import rules and tests: what .ci/run
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(TESTS) $(ARGS)
 
 race: .venv/.installed ## the cached-score race: about 20 % wrong risk ratings with a shared cache, none with pinned versions
 	@$(BIN)/python examples/race.py $(ARGS)
