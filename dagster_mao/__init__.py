@@ -17,6 +17,7 @@ from dagster_mao.errors import (
     CallProcessError,
     CallTimeoutError,
     ContractDefinitionError,
+    EventsRefusedError,
     FencedError,
     IncompatibleContractError,
     InvalidRecordsError,
@@ -41,6 +42,7 @@ from dagster_mao.run import Result, run
 from dagster_mao.state import Seal, StateStore
 
 if TYPE_CHECKING:
+    from dagster_mao.choreography import submit
     from dagster_mao.dagster import AgentTranslator, PolicyOverrides, StateIOManager, StateStoreResource, build_asset, build_definitions
     from dagster_mao.integrations.llm import LLM
 
@@ -60,6 +62,7 @@ __all__ = [
     "ContractDefinitionError",
     "DataFrame",
     "Effect",
+    "EventsRefusedError",
     "Expectations",
     "ExternalEntry",
     "FencedError",
@@ -99,6 +102,7 @@ __all__ = [
     "build_definitions",
     "resubmit",
     "run",
+    "submit",
     "usage",
 ]
 
@@ -112,6 +116,10 @@ def __getattr__(name: str) -> Any:
         from dagster_mao.integrations import llm
 
         return llm.LLM
+    if name == "submit":
+        from dagster_mao import choreography  # which imports SQLAlchemy
+
+        return choreography.submit
     if name not in _DAGSTER_SIDE:
         raise AttributeError(f"module 'dagster_mao' has no attribute {name!r}")
     # Importing Dagster takes seconds, which a notebook or a test of agents need not pay.

@@ -75,6 +75,15 @@ class InvalidRecordsError(MaoError):
     """What was handed in as a batch is no batch of the contract: a missing column, text in a number column, an unreadable file."""
 
 
+class EventsRefusedError(MaoError):
+    """Events that an inbox does not take. None of what was submitted with them is accepted: submit the others without them.
+
+    `places`: by its place in what was submitted, why an event was refused.
+    """
+
+    places: dict[int, str] = {}
+
+
 class PinError(MaoError):
     """What an agent needs cannot be pinned: nothing sealed upstream, or parents that descend from different entries."""
 

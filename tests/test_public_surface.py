@@ -35,6 +35,7 @@ EAGER = {
     "agent",
     "resubmit",
     "run",
+    "submit",
     "usage",
 }
 ERRORS = {
@@ -46,6 +47,7 @@ ERRORS = {
     "CallProcessError",
     "CallTimeoutError",
     "ContractDefinitionError",
+    "EventsRefusedError",
     "FencedError",
     "IncompatibleContractError",
     "InvalidRecordsError",

@@ -1,13 +1,15 @@
 """Choreography: agents that start by themselves when what they read is sealed. The state log is the bus.
 
-No Dagster here: its sensors call `tick` and its runs `run_batch`; in plain Python, `drain` does both. Importing this room imports
-SQLAlchemy.
+No Dagster here: its sensors call `tick` (of an inbox, `cut`) and its runs `run_batch` (`run_inbox`); in plain Python, `drain` does all of
+it. Importing this room imports SQLAlchemy.
 """
 
 from dagster_mao.choreography._batches import LEASE, Batch, BatchTakenError, abandon
 from dagster_mao.choreography._deliveries import redeliver, tick
+from dagster_mao.choreography._drain import Drained, drain, enter
 from dagster_mao.choreography._due import Due, Subscriber, due, subscribers
-from dagster_mao.choreography._run import Delivered, Drained, drain, enter, run_batch
+from dagster_mao.choreography._inbox import Intake, Submitted, cut, intake_workflow, run_inbox, submit, take
+from dagster_mao.choreography._run import Delivered, run_batch
 
 __all__ = [
     "LEASE",
@@ -16,13 +18,20 @@ __all__ = [
     "Delivered",
     "Drained",
     "Due",
+    "Intake",
+    "Submitted",
     "Subscriber",
     "abandon",
+    "cut",
     "drain",
     "due",
     "enter",
+    "intake_workflow",
     "redeliver",
     "run_batch",
+    "run_inbox",
+    "submit",
     "subscribers",
+    "take",
     "tick",
 ]

@@ -39,9 +39,9 @@ class BatchTakenError(MaoError):
     """Another run has this batch, or it is done: there is nothing to do for this one."""
 
 
-def make(connection: sa.Connection, now: float, *, pipeline: str, agent: str, size: int) -> str:
-    """A new batch; returns its id, which sorts by the time of its making."""
-    name = f"{dt.datetime.fromtimestamp(now, dt.timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}"
+def make(connection: sa.Connection, now: float, *, pipeline: str, agent: str, size: int, name: str | None = None) -> str:
+    """A new batch; returns its id, which sorts by the second of its making. `name`: of one that was lost."""
+    name = name or f"{dt.datetime.fromtimestamp(now, dt.timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}"
     row = {"id": name, "pipeline": pipeline, "agent": agent, "size": size, "generation": 0, "made": now, "is_open": True}
     connection.execute(sa.insert(BATCHES).values(row))
     return name
@@ -132,6 +132,11 @@ class Hold:
         self._left.set()
         if self._thread is not None:
             self._thread.join()
+
+
+def named(run_key: str) -> str:
+    """The id of the batch that a run key is of."""
+    return _parsed(run_key)[0]
 
 
 def _key(name: str, generation: int) -> str:

@@ -15,12 +15,11 @@ from dagster_mao.agent import MicroBatch
 from dagster_mao.choreography import _batches
 from dagster_mao.choreography._batches import Batch, Hold
 from dagster_mao.choreography._due import Standing, Subscriber, history, standings
-from dagster_mao.choreography._tables import BATCHES, DELIVERIES, SUBSCRIBERS, insert_if_absent, shared
+from dagster_mao.choreography._tables import BATCHES, DELIVERIES, SUBSCRIBERS, insert_if_absent, parts, shared
 from dagster_mao.gateway._shared import SharedStore
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import StateStore
 
-_PART = 500  # names per statement
 MOST_DEATHS = 3  # of runs, with the same workflow at work: then it counts as failed
 DIED = "RunDied"
 
@@ -45,7 +44,7 @@ def handed_out(
     look(store, subscriber, every=every, rebuild=rebuild)
     with shared(store).transaction(durable=False) as connection:
         now = shared(store).now(connection)
-        _take_turn(connection, subscriber.pipeline, subscriber.agent)
+        take_turn(connection, subscriber.pipeline, subscriber.agent)
         _put_back(connection, now, subscriber)
         while _cut(connection, now, subscriber, declared):
             pass
@@ -62,7 +61,7 @@ def look(store: StateStore, subscriber: Subscriber, *, every: float | None = Non
         now = database.now(connection)
         row = {"pipeline": subscriber.pipeline, "agent": subscriber.agent, "cursor": "", "beat": now, "every": every}
         insert_if_absent(connection, SUBSCRIBERS, [row])
-        _take_turn(connection, subscriber.pipeline, subscriber.agent)
+        take_turn(connection, subscriber.pipeline, subscriber.agent)
         _note(connection, now, subscriber, stood, rebuild=not cursor)
         # Another look may have come further meanwhile: then the next one reads some rows again.
         connection.execute(sa.update(SUBSCRIBERS).where(_is(SUBSCRIBERS, subscriber)).values(cursor=now_at, beat=now, every=every))
@@ -75,7 +74,7 @@ def _cursor(database: SharedStore, subscriber: Subscriber) -> str:
         return connection.scalar(sa.select(SUBSCRIBERS.c.cursor).where(_is(SUBSCRIBERS, subscriber))) or ""
 
 
-def _take_turn(connection: sa.Connection, pipeline: str, agent: str) -> None:
+def take_turn(connection: sa.Connection, pipeline: str, agent: str) -> None:
     """Whoever writes about a subscriber's deliveries does so alone: with PostgreSQL too, where else two might wait for each other."""
     mine = (SUBSCRIBERS.c.pipeline == pipeline) & (SUBSCRIBERS.c.agent == agent)
     connection.execute(sa.select(SUBSCRIBERS.c.agent).where(mine).with_for_update())
@@ -101,9 +100,9 @@ def _note(connection: sa.Connection, now: float, subscriber: Subscriber, stood: 
         if state != row.state:
             changed[state].append(row.id)
     for state, ids in changed.items():
-        for part in _parts(ids):
+        for part in parts(ids):
             connection.execute(sa.update(DELIVERIES).where(DELIVERIES.c.id.in_(part)).values(state=state, at=now))
-    for rows in _parts(new):
+    for rows in parts(new):
         insert_if_absent(connection, DELIVERIES, rows)
 
 
@@ -120,7 +119,7 @@ def _should_be(row: Any, standing: Standing, *, rebuild: bool) -> str:
 
 def _of_workflows(connection: sa.Connection, subscriber: Subscriber, workflows: Iterable[str]) -> Iterator[Any]:
     wanted = sa.select(DELIVERIES.c.id, DELIVERIES.c.workflow_id, DELIVERIES.c.parents, DELIVERIES.c.state)
-    for part in _parts(sorted(workflows)):
+    for part in parts(sorted(workflows)):
         yield from connection.execute(wanted.where(_is(DELIVERIES, subscriber), DELIVERIES.c.workflow_id.in_(part))).all()
 
 
@@ -132,7 +131,7 @@ def _cut(connection: sa.Connection, now: float, subscriber: Subscriber, declared
     if not rows or (len(rows) < declared.size and now - rows[0].at < declared.wait):
         return False
     batch = _batches.make(connection, now, pipeline=subscriber.pipeline, agent=subscriber.agent, size=len(rows))
-    for part in _parts([row.id for row in rows]):
+    for part in parts([row.id for row in rows]):
         claimed = sa.update(DELIVERIES).where(DELIVERIES.c.id.in_(part)).values(state="claimed", batch=batch, at=now)
         connection.execute(claimed)
     return True
@@ -198,7 +197,7 @@ class Claims:
     def tell(self, *, last: bool = False) -> None:
         """Writes what was said; with `last`, the batch is done with. Raises `BatchTakenError`."""
         with self._shared.transaction(durable=False) as connection:
-            _take_turn(connection, self._hold.pipeline, self._hold.agent)
+            take_turn(connection, self._hold.pipeline, self._hold.agent)
             self._hold.require(connection)
             now = self._shared.now(connection)
             for delivery, said in self._said:
@@ -216,10 +215,10 @@ def redeliver(store: StateStore, pipeline: Pipeline, agent: str, workflows: Iter
     failed = _is(DELIVERIES, subscriber) & (DELIVERIES.c.state == "failed")
     wanted: Sequence[sa.ColumnElement[bool]] = [failed]
     if workflows is not None:
-        wanted = [failed & DELIVERIES.c.workflow_id.in_(part) for part in _parts(sorted(workflows))]
+        wanted = [failed & DELIVERIES.c.workflow_id.in_(part) for part in parts(sorted(workflows))]
     with database.transaction(durable=False) as connection:
         now = database.now(connection)
-        _take_turn(connection, subscriber.pipeline, subscriber.agent)
+        take_turn(connection, subscriber.pipeline, subscriber.agent)
         for some in wanted:
             values = {"state": "waiting", "batch": None, "tries": 0, "not_before": 0.0, "at": now}
             count += connection.execute(sa.update(DELIVERIES).where(some).values(**values)).rowcount
@@ -228,7 +227,3 @@ def redeliver(store: StateStore, pipeline: Pipeline, agent: str, workflows: Iter
 
 def _is(table: sa.Table, subscriber: Subscriber) -> sa.ColumnElement[bool]:
     return sa.and_(table.c.pipeline == subscriber.pipeline, table.c.agent == subscriber.agent)
-
-
-def _parts(whole: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (whole[start : start + _PART] for start in range(0, len(whole), _PART))

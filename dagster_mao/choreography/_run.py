@@ -1,22 +1,19 @@
-"""One run of a subscriber: one agent over many workflows, each a version of its own; and the same without any scheduler."""
+"""One run of a subscriber: one agent over many workflows, each a version of its own."""
 
 from __future__ import annotations
 
 import logging
 import time
-import uuid
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dagster_mao import configuration
 from dagster_mao.agent import Agent
 from dagster_mao.boundary import Outcome, run_agent
 from dagster_mao.choreography._batches import BatchTakenError, Hold
-from dagster_mao.choreography._deliveries import Claims, Delivery, handed_out
-from dagster_mao.choreography._due import Brief, Standing, Subscriber, standing, subscribers
+from dagster_mao.choreography._deliveries import Claims, Delivery
+from dagster_mao.choreography._due import Brief, Standing, Subscriber, standing
 from dagster_mao.choreography._tables import shared
 from dagster_mao.errors import BreakerOpenError, FencedError, MaoError, StaleStateError, StoreError
 from dagster_mao.pipeline import Pipeline
@@ -153,79 +150,3 @@ class _Work:
 def _pause(error: BaseException | None) -> float:
     after = getattr(error, "retry_after", None)
     return _PAUSE if after is None else float(after)
-
-
-@dataclass
-class Drained:
-    """What `drain` came to: how many `runs`, how many workflows by agent and what became of them, and by which error some failed."""
-
-    runs: int = 0
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
-    errors: dict[tuple[str, str], MaoError | None] = field(default_factory=dict)
-
-    def count(self, state: str) -> int:
-        return sum(counts[state] for counts in self.counts.values())
-
-
-def drain(
-    store: StateStore,
-    pipeline: Pipeline,
-    *,
-    resources: Mapping[str, Any] | None = None,
-    policies: Mapping[str, Mapping[str, Any]] | None = None,
-    fresh: bool = False,
-    log: logging.Logger | None = None,
-) -> Drained:
-    """Lets every subscriber of a pipeline do what is due, in this process, until nothing is. For notebooks, tests and cron jobs.
-
-    Any number of them, and of Dagster's sensors, may be at it at once. Nothing is waited for: what is to be delivered again later is left
-    to a later call. Raises `StoreError`.
-    """
-    drained, is_busy = Drained(), True
-    while is_busy:
-        is_busy = False
-        for subscriber in subscribers(pipeline):
-            agent = pipeline.node(subscriber.agent)
-            own = {name: resources[name] for name in agent.resources if resources and name in resources}
-            declared = replace(agent.micro_batch or pipeline.micro_batch, wait=0)
-            counts = drained.counts.setdefault(agent.name, Counter())
-            for batch in handed_out(store, subscriber, declared):
-                drained.runs += 1
-                told = run_batch(
-                    *(store, pipeline, agent.name, batch.run_key),
-                    run_id=uuid.uuid4().hex,
-                    resources=own,
-                    config_digest=configuration.config_digest(own),
-                    policies=policies,
-                    fresh=fresh,
-                    log=log,
-                )
-                with suppress(BatchTakenError):  # another drain was first
-                    for one in told:
-                        is_busy = True
-                        counts[one.state] += 1
-                        if one.state in ("failed", "later"):
-                            drained.errors[agent.name, one.workflow_id] = one.error
-    return drained
-
-
-def enter(
-    store: StateStore,
-    pipeline: Pipeline,
-    records: Any = None,
-    *,
-    workflow: str | None = None,
-    resources: Mapping[str, Any] | None = None,
-    run_id: str | None = None,
-    log: logging.Logger | None = None,
-) -> Seal:
-    """Seals a batch as the entry of a workflow, and nothing else: the agents start by themselves. As `mao.run`, for the entry alone.
-
-    Raises what `boundary.run_agent` raises.
-    """
-    run_id, entry = run_id or uuid.uuid4().hex, pipeline.entry
-    plan = pipeline.order if pipeline.mode == "hybrid" else (entry.name,)
-    attempt = store.open_attempt(pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=plan, entry=entry.name, workflow_key=workflow)
-    own = {name: resources[name] for name in entry.resources if resources and name in resources}
-    digest = configuration.config_digest(own)
-    return run_agent(store, entry, attempt, resources=own, config_digest=digest, partition_key=workflow, records=records, log=log).seal

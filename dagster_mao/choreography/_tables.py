@@ -5,7 +5,7 @@ All but the events of an inbox can be lost: the state log says what was sealed, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,6 +16,7 @@ from dagster_mao.gateway import shared_store
 from dagster_mao.gateway._shared import METADATA, SharedStore
 from dagster_mao.state import StateStore
 
+_PART = 500  # names or rows per statement
 _ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 SUBSCRIBERS = sa.Table(
@@ -69,6 +70,23 @@ BATCHES = sa.Table(
 _unfinished = BATCHES.c.is_open.is_(True)
 sa.Index("mao_batches_open", BATCHES.c.pipeline, BATCHES.c.agent, sqlite_where=_unfinished, postgresql_where=_unfinished)
 
+INBOX = sa.Table(
+    "mao_inbox",
+    METADATA,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("pipeline", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, nullable=False),  # sha256 of the record's key
+    sa.Column("digest", sa.Text, nullable=False),  # of what it says, as its contract reads it
+    sa.Column("payload", sa.Text, nullable=False),  # the record, as JSON
+    sa.Column("at", sa.Double, nullable=False),  # when it was accepted
+    sa.Column("batch", sa.Text),  # that it was cut into; set once
+    sa.Column("is_open", sa.Boolean, nullable=False),  # until the entry of that batch is sealed
+    sa.UniqueConstraint("pipeline", "key"),
+    sqlite_autoincrement=True,
+)
+_unsealed = INBOX.c.is_open.is_(True)
+sa.Index("mao_inbox_open", INBOX.c.pipeline, INBOX.c.batch, INBOX.c.id, sqlite_where=_unsealed, postgresql_where=_unsealed)
+
 
 def shared(store: StateStore) -> SharedStore:
     """The database of a state store. Raises `StoreError` where there is none."""
@@ -82,3 +100,8 @@ def insert_if_absent(connection: sa.Connection, table: sa.Table, rows: Sequence[
     if rows:
         make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
         connection.execute(make(table).on_conflict_do_nothing(), [dict(row) for row in rows])
+
+
+def parts(whole: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """What is long, in pieces that one statement takes."""
+    return (whole[start : start + _PART] for start in range(0, len(whole), _PART))

@@ -212,7 +212,7 @@ class Contract(Generic[M]):
                         made.append(model)
                     else:
                         rules = tuple(sorted({rule for rule, _ in refusals}))
-                        refused.append(Refused(i, self._key_of(record), rules, text_of(record)))
+                        refused.append(Refused(i, self.key_of(record), rules, text_of(record)))
                 if made:
                     frames.append(self._chunk(made, position))
             position += len(chunk)
@@ -244,6 +244,13 @@ class Contract(Generic[M]):
         """Rule and top-level field of everything that pydantic refused, each once."""
         return list(dict.fromkeys(rule_of(self.fields, e) for e in error.errors(include_url=False)))
 
+    def parsed(self, text: str | bytes) -> M | None:
+        """A record that was written as JSON, by the names of its fields or their aliases; None for what is none of this contract."""
+        try:
+            return self.model.model_validate_json(text, by_name=True, by_alias=True)
+        except Exception:  # what a validator raises, too
+            return None
+
     def _model_of(self, record: Any) -> tuple[M | None, list[tuple[str, str | None]]]:
         """The record as a model, and what keeps it from being a row."""
         model = record
@@ -264,8 +271,11 @@ class Contract(Generic[M]):
         aliases = info.validation_alias.choices if isinstance(info.validation_alias, AliasChoices) else (info.validation_alias, info.alias)
         return (field, *(alias for alias in aliases if isinstance(alias, str)))
 
-    def _key_of(self, record: Any) -> Any:
-        """The key of a record that is no row, as it would be in one (of "7 " and 7.0, 7), so that it is known when it comes twice."""
+    def key_of(self, record: Any) -> Any:
+        """The key of a record that may be no row, as it would be in one (of "7 " and 7.0, 7), so that it is known when it comes twice.
+
+        None for what has none.
+        """
         if self.key is None or not isinstance(record, (Mapping, BaseModel)):
             return None
         if isinstance(record, BaseModel):

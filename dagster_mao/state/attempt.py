@@ -161,6 +161,10 @@ class Attempt:
         """What the agent had sealed in the effective state when the attempt began; None before any attempt completed."""
         return effective(self._seen[: self.base + 1]).get(agent)
 
+    def sealed(self, agent: str) -> Seal | None:
+        """What the agent had sealed last in the workflow, in whatever attempt, when this step joined; None where it had sealed nothing."""
+        return next((seal for seal in reversed(self._seen) if seal.agent == agent and seal.kind in _OUTPUTS), None)
+
     def entry_of(self, seal: Seal) -> Seal | None:
         """The entry seal that a seal descends from; None for what has no entry above it."""
         return entry_of(self._seen, seal)
