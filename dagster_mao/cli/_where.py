@@ -31,7 +31,7 @@ def open_store(root: str | None, storage_option: Sequence[str] | None, *, damage
     configured, _ = project()
     place, by = _root(root)
     if not place:
-        raise StoreError("No state store is named", fix=f"give --root, set {ROOT}, or put root under [tool.dagster-mao] in pyproject.toml")
+        raise _unnamed()
     store = StateStore(place, {**configured.get("storage_options", {}), **options})
     if not any(_holds(store, folder) for folder in (("state_log", "tables") if damaged else ("state_log",))):
         raise StoreError(f"There is no state at {store.root} (named by {by})", fix="run the pipeline first, or name another root")
@@ -53,9 +53,7 @@ def open_shared(database: str | None, root: str | None, *, unused: bool = False)
     """
     from dagster_mao.gateway._shared import SharedStore  # imports SQLAlchemy, which few commands need
 
-    configured, where = project()
-    url = database or os.environ.get(DATABASE) or placed(_relative(configured.get("database")), where)
-    store = None
+    url, store = _database(database), None
     if not url and (place := _root(root)[0]):
         store = StateStore(place)
         url = store.database
@@ -67,6 +65,25 @@ def open_shared(database: str | None, root: str | None, *, unused: bool = False)
         fix = "it is made by the first call of an agent with a breaker or a rate limit; or name another by --database"
         raise StoreError(f"There is no shared database at {shared.file}", fix=fix)
     return shared
+
+
+def store_to_write(root: str | None, storage_option: Sequence[str] | None, database: str | None) -> StateStore:
+    """The store that options, environment and project say, with its shared database. Nothing need be there yet; makes nothing."""
+    place, _ = _root(root)
+    if not place:
+        raise _unnamed()
+    return StateStore(place, {**project()[0].get("storage_options", {}), **_options(storage_option)}, database=_database(database))
+
+
+def _unnamed() -> StoreError:
+    fix = f"give --root, set {ROOT}, or put root under [tool.dagster-mao] in pyproject.toml"
+    return StoreError("No state store is named", fix=fix)
+
+
+def _database(database: str | None) -> str | None:
+    """The URL of the shared database; None where only the store says."""
+    configured, where = project()
+    return database or os.environ.get(DATABASE) or placed(_relative(configured.get("database")), where)
 
 
 def _relative(url: str | None) -> str | None:
@@ -134,6 +151,20 @@ def load_pipeline(given: str | None, workflow: str) -> Pipeline:
             return pipeline
     there = ", ".join(pipeline.name for pipeline in found)
     raise WiringError(f"No pipeline that is named has this workflow; there is {there}", workflow=workflow, fix="name its own by --pipeline")
+
+
+def named_pipeline(name: str) -> Pipeline:
+    """The pipeline of this name in pyproject.toml, or at module:attribute. Raises `WiringError` when there is none by that name."""
+    configured, where = project()
+    if ":" in name:
+        return imported(name, where.parent, Pipeline, "mao.Pipeline")
+    found = [imported(place, where.parent, Pipeline, "mao.Pipeline") for place in configured.get("pipelines", ())]
+    for pipeline in found:
+        if pipeline.name == name:
+            return pipeline
+    there = f"there is {', '.join(pipeline.name for pipeline in found)}" if found else "none is named"
+    fix = 'give module:attribute, or put pipelines = ["module:attribute"] under [tool.dagster-mao] in pyproject.toml'
+    raise WiringError(f"No pipeline {name!r} is named; {there}", fix=fix)
 
 
 def imported(place: str, folder: Path, kind: type[T], called: str) -> T:

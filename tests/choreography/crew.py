@@ -1,4 +1,4 @@
-"""Drainers in processes of their own, which can be killed at scripted points; and the naive ways of draining.
+"""Drainers, of logs and of inboxes, in processes of their own, which can be killed at scripted points; and the naive ways of draining.
 
     python -m tests.choreography.crew '{"folder": ..., "way": "ours", "kill": "sealed", "nth": 2}'
 
@@ -18,15 +18,32 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
+
+import dagster_mao as mao
 from dagster_mao.boundary import run_agent
-from dagster_mao.choreography import BatchTakenError, _batches, _deliveries, _run, abandon, due, run_batch, subscribers, tick
+from dagster_mao.choreography import (
+    BatchTakenError,
+    _batches,
+    _deliveries,
+    _inbox,
+    _run,
+    abandon,
+    cut,
+    due,
+    run_batch,
+    run_inbox,
+    subscribers,
+    tick,
+)
 from dagster_mao.choreography._deliveries import Claims
-from dagster_mao.choreography._tables import shared
+from dagster_mao.choreography._tables import INBOX, shared
 from dagster_mao.errors import StaleStateError
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import StateStore
 from tests.choreography.loans import Ledger, kill_myself, loans
 
+EAGER = mao.MicroBatch(size=3, wait=0)
 POINTS = ("looked", "noted", "claimed", "launched", "taken", "begun", "executing", "sealed", "told", "ended")
 
 
@@ -55,14 +72,63 @@ def ours(folder: Path, store: StateStore, pipeline: Pipeline) -> None:
 
 def launch(folder: Path, store: StateStore, pipeline: Pipeline, agent: str, key: str) -> None:
     """One run per key, in this process."""
+    with suppress(BatchTakenError):
+        if (run_id := launched(folder, key)) is not None:
+            list(run_batch(store, pipeline, agent, key, run_id=run_id, resources={"ledger": Ledger(folder)}))
+
+
+def launched(folder: Path, key: str) -> str | None:
+    """The id of the run, where this process is the first to start one under the key."""
     runs = folder / "runs"
     runs.mkdir(exist_ok=True)
     (mine := runs / f".{os.getpid()}").write_text(str(os.getpid()))
-    with suppress(FileExistsError):
+    try:
         os.link(mine, runs / key)
-        at("launched")
-        with suppress(BatchTakenError):
-            list(run_batch(store, pipeline, agent, key, run_id=f"run-{os.getpid()}-{key}", resources={"ledger": Ledger(folder)}))
+    except FileExistsError:
+        return None
+    at("launched")
+    return f"run-{os.getpid()}-{key}"
+
+
+def inbox(folder: Path, store: StateStore, pipeline: Pipeline) -> None:
+    """Takes events in, until those who write say that they are done, and nothing is left."""
+    deadline = time.monotonic() + 240
+    while is_left(folder, store):
+        assert time.monotonic() < deadline, "it does not come to an end"
+        tell_of_the_dead(folder, store)
+        for batch in cut(store, pipeline):
+            with suppress(BatchTakenError):
+                if (run_id := launched(folder, batch.run_key)) is not None:
+                    run_inbox(store, pipeline, batch.run_key, run_id=run_id)
+
+
+def blind(folder: Path, store: StateStore, pipeline: Pipeline) -> None:
+    """Naive: seals what it is handed, without looking whether somebody has."""
+    _inbox.Intake.look = _inbox.Intake.require_unsealed = lambda *_: None  # type: ignore[method-assign,assignment]
+    inbox(folder, store, pipeline)
+
+
+def hasty(folder: Path, store: StateStore, pipeline: Pipeline) -> None:
+    """Naive: what is taken out of the inbox is gone from it."""
+    records = _inbox.Intake.records.fget
+    assert records is not None
+
+    def gone(intake: _inbox.Intake) -> Any:
+        taken = records(intake)
+        with intake._shared.transaction() as connection:
+            connection.execute(sa.update(INBOX).where(intake._mine).values(is_open=False))
+        at("gone")
+        return taken
+
+    _inbox.Intake.records = property(gone)  # type: ignore[method-assign,assignment]
+    inbox(folder, store, pipeline)
+
+
+def is_left(folder: Path, store: StateStore) -> bool:
+    if not (folder / "written").exists():
+        return True
+    with shared(store).reading() as connection:
+        return bool(connection.scalar(sa.select(sa.func.count()).where(INBOX.c.is_open)))
 
 
 def tell_of_the_dead(folder: Path, store: StateStore) -> None:
@@ -123,6 +189,9 @@ WAYS: dict[str, Callable[[Path, StateStore, Pipeline], None]] = {
     "newest": newest,
     "unclaimed": unclaimed,
     "unrecovered": unrecovered,
+    "inbox": inbox,
+    "blind": blind,
+    "hasty": hasty,
 }
 
 # -- scripted deaths -----------------------------------------------------------------------------------------------------------------
@@ -155,6 +224,7 @@ def script(point: str, nth: int) -> None:
     _after(_deliveries, "look", "noted")  # and nothing claimed
     _after(_deliveries, "handed_out", "claimed")  # and nothing launched
     _after(_batches.Hold, "__enter__", "taken")
+    _after(_inbox, "_entered", "entered")  # sealed, and the batch is not closed
     _after(Claims, "begin", "begun")
     _after(Ledger, "note", "executing")
     _after(_run, "run_agent", "sealed")  # and nothing noted of it
@@ -168,7 +238,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if told["kill"]:
         script(told["kill"], told["nth"])
-    store, pipeline = store_in(folder, told.get("database")), loans(micro_batch=_deliveries.MicroBatch(size=told.get("size", 3), wait=0))
+    store, pipeline = store_in(folder, told.get("database")), loans(micro_batch=EAGER, inbox=EAGER)
     if "crowd" in told:
         (folder / f"ready-{os.getpid()}").touch()
         while len(list(folder.glob("ready-*"))) < told["crowd"]:

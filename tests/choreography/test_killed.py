@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_mao.choreography._deliveries import MicroBatch
-from tests.choreography.crew import POINTS, WAYS, start, store_in
+from tests.choreography.crew import EAGER, POINTS, WAYS, start, store_in
 from tests.choreography.loans import NAMES, Ledger, arrive, loans, once, sealed
 
 WORKFLOWS = [f"w{number}" for number in range(4)]
@@ -20,10 +19,13 @@ WORKFLOWS = [f"w{number}" for number in range(4)]
 
 def survive(folder: Path, way: str, database: str | None = None) -> None:
     """Somebody else goes on, in this process."""
-    WAYS[way](folder, store_in(folder, database), loans(micro_batch=MicroBatch(size=3, wait=0)))
+    WAYS[way](folder, store_in(folder, database), loans(micro_batch=EAGER, inbox=EAGER))
 
 
-@pytest.mark.parametrize("point", POINTS)
+POINT = [point if point in ("claimed", "executing", "told") else pytest.param(point, marks=pytest.mark.long) for point in POINTS]
+
+
+@pytest.mark.parametrize("point", POINT)
 def test_whoever_dies_wherever_everything_is_processed_once(tmp_path: Path, point: str) -> None:
     arrive(store_in(tmp_path), *WORKFLOWS)
     assert start(tmp_path, kill=point, nth=3).wait(timeout=250) == -signal.SIGKILL
@@ -35,6 +37,8 @@ def test_whoever_dies_wherever_everything_is_processed_once(tmp_path: Path, poin
     assert not once(*WORKFLOWS) - Ledger(tmp_path).executions
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_one_death_after_the_other(tmp_path: Path, postgres_url: str) -> None:
     arrive(store_in(tmp_path, postgres_url), *WORKFLOWS)
     for point, nth in (("claimed", 1), ("launched", 1), ("begun", 4), ("sealed", 2), ("told", 3), ("ended", 7)):
@@ -59,19 +63,21 @@ def test_events_that_come_together_are_all_seen(tmp_path: Path, way: str, is_rig
     assert (sealed(store_in(tmp_path)) == once(*WORKFLOWS)) is is_right
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("way", "is_right"), [("ours", True), ("unclaimed", False)])
-def test_several_at_once_do_nothing_twice(tmp_path: Path, way: str, is_right: bool) -> None:
-    workflows = [f"w{number}" for number in range(12)]
+@pytest.mark.parametrize(
+    ("way", "is_right", "size"),
+    [("ours", True, 2), pytest.param("ours", True, 3, marks=pytest.mark.long), pytest.param("unclaimed", False, 3, marks=pytest.mark.long)],
+)
+def test_several_at_once_do_nothing_twice(tmp_path: Path, way: str, is_right: bool, size: int) -> None:
+    workflows = [f"w{number}" for number in range(4 * size if size == 3 else 3)]
     arrive(store_in(tmp_path), *workflows)
-    crowd = [start(tmp_path, way, crowd=3) for _ in range(3)]
-    assert [one.wait(timeout=250) for one in crowd] == [0, 0, 0]
+    crowd = [start(tmp_path, way, crowd=size) for _ in range(size)]
+    assert [one.wait(timeout=250) for one in crowd] == [0] * size
     assert sealed(store_in(tmp_path)) == once(*workflows)  # the seal has one winner, even with the naive one
     assert (Ledger(tmp_path).executions == once(*workflows)) is is_right
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_several_at_once_one_of_whom_dies(tmp_path: Path, postgres_url: str) -> None:
     workflows = [f"w{number}" for number in range(10)]

@@ -1,0 +1,121 @@
+"""`dagster-mao submit`, as people and programs use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import dagster_mao as mao
+from dagster_mao.choreography import cut, take
+from dagster_mao.cli import app
+from dagster_mao.state import StateStore
+from tests.choreography.loans import loans
+
+PIPELINE = loans(inbox=mao.MicroBatch(size=1000, wait=0))
+EVENTS = [{"id": f"A{number}", "amount": 100.0 + number} for number in range(3)]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateStore:
+    """A project in the working directory that names a store, in which there is nothing yet."""
+    for name in ("DAGSTER_MAO_ROOT", "DAGSTER_MAO_DATABASE", "DAGSTER_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(tmp_path)
+    lines = ["[tool.dagster-mao]", 'root = "state"', 'pipelines = ["tests.test_cli_choreography:PIPELINE"]', ""]
+    (tmp_path / "pyproject.toml").write_text("\n".join(lines))
+    return StateStore(tmp_path / "state")
+
+
+def call(*arguments: str, code: int = 0, given: str | bytes | None = None) -> Any:
+    result = CliRunner().invoke(app, list(arguments), input=given)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def waiting(store: StateStore) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for batch in cut(store, PIPELINE):
+        with take(store, PIPELINE, batch.run_key, run_id="look") as intake:
+            found += [one if isinstance(one, dict) else one.model_dump() for one in intake.records]
+    return found
+
+
+def jsonl(records: list[Any]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_json_lines_are_submitted_once(store: StateStore, tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text(jsonl(EVENTS).rstrip("\n"))  # the last line has no end
+    assert "3 events accepted, 0 duplicates, 0 refused" in call("submit", "loans", "events.jsonl").output
+    told = json.loads(call("submit", "loans", "-", "--json", given=jsonl([*EVENTS, {"id": "B", "amount": 1}])).stdout)
+    assert told == {"accepted": 1, "duplicates": 3, "refused": []}
+    assert [one["id"] for one in waiting(store)] == ["A0", "A1", "A2", "B"]
+
+
+def test_a_table_is_submitted_and_its_empty_cells_are_left_out(store: StateStore, tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_bytes('\ufeffid,name,amount\r\nA,,100\r\n"B\nC",Zoë,-5\r\n'.encode())
+    assert "2 events accepted" in call("submit", "tests.test_cli_choreography:PIPELINE", "events.csv").output
+    assert "2 duplicates" in call("submit", "loans", "-", "--format", "csv", given=(tmp_path / "events.csv").read_bytes()).output
+    first, second = waiting(store)
+    assert first == {"id": "A", "name": "Grace Hopper", "amount": 100.0}  # the contract's default
+    assert second == {"id": "B\nC", "name": "Zoë", "amount": "-5"}  # for the quarantine
+
+
+def test_a_line_that_is_refused_holds_up_no_other(store: StateStore, tmp_path: Path) -> None:
+    lines = ['{"id": "A", "amount": 1}', "", "{not json: Lovelace}", '{"amount": 1, "name": "Lovelace"}', '{"id": "B", "amount": 2}', "[1]"]
+    lines += ['{"id": "A", "amount": 9, "name": "Lovelace"}', '{"id": "C", "amount": "x"}']
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    told = call("submit", "loans", "events.jsonl", code=1).output
+    assert "3 events accepted, 0 duplicates, 4 refused" in told
+    assert "line 3: it is no JSON" in told
+    assert "line 4: it has no key, 'id'" in told
+    assert "line 6: it is no record but list" in told
+    assert "line 7: another one, submitted with it, has its key" in told
+    assert "Lovelace" not in told
+    refused = json.loads(call("submit", "loans", "events.jsonl", "--json", code=1).stdout)["refused"]
+    assert [one["line"] for one in refused] == [3, 4, 6, 7]
+    assert {one["id"] for one in waiting(store)} == {"A", "B", "C"}
+
+
+def test_a_table_that_is_broken_is_taken_up_to_there(store: StateStore) -> None:
+    told = call("submit", "loans", "-", "--format", "csv", given=b'id,amount\nA,1\nB,2,3\nC,3\n\xff\xfe,4\nD,1\n"E,1\n', code=1).output
+    assert "3 events accepted, 0 duplicates, 3 refused" in told
+    assert "line 3: it has more cells than the heading" in told
+    assert "line 5: it cannot be written as JSON" in told
+    assert "line 7: it cannot be read as CSV, nor what follows" in told
+
+
+def test_what_is_piped_in_slowly_is_accepted_as_it_comes(store: StateStore) -> None:
+    code = "from dagster_mao.cli import app; app(['submit', 'loans', '-'])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert child.stdin is not None
+    child.stdin.write(jsonl(EVENTS[:1]).encode() + b'{"id": "A1", ')
+    child.stdin.flush()
+    while not cut(store, PIPELINE):  # before the pipe is closed
+        assert child.poll() is None
+    child.stdin.write(b'"amount": 1}\n')
+    out, _ = child.communicate(timeout=120)
+    assert b"2 events accepted" in out
+
+
+def test_what_is_wrong_is_said(store: StateStore, tmp_path: Path) -> None:
+    assert "No pipeline 'lones' is named; there is loans" in call("submit", "lones", "-", code=1, given="").output
+    assert "cannot be read" in call("submit", "loans", "nowhere.jsonl", code=1).output
+    assert "has no inbox" in call("submit", "tests.test_cli_choreography:WITHOUT", "-", code=1, given=jsonl(EVENTS)).output
+    (tmp_path / "pyproject.toml").unlink()
+    assert "No pipeline 'loans' is named; none is named" in call("submit", "loans", "-", code=1, given="").output
+    assert "No state store is named" in call("submit", "tests.test_cli_choreography:PIPELINE", "-", code=1, given="").output
+    assert not (tmp_path / "state").exists()
+
+
+WITHOUT = loans()
