@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dagster_mao.agent import check_policy
 from dagster_mao.boundary import EVERY, in_force
 from dagster_mao.errors import WiringError
 from dagster_mao.pipeline import Pipeline
@@ -13,7 +14,8 @@ from dagster_mao.pipeline import Pipeline
 def changes_of(pipeline: Pipeline, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The changes by agent of a pipeline, and "*", of overrides by agent, `pipeline.agent` or "*".
 
-    Raises `WiringError` for an agent or a field that there is not, and for values that make no policy.
+    Raises `WiringError` for an agent or a field that there is not, and for values that make no policy, or none
+    for that agent.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, changes in overrides.items():
@@ -22,7 +24,7 @@ def changes_of(pipeline: Pipeline, overrides: Mapping[str, Mapping[str, Any]]) -
                 raise WiringError(f"{changes!r} changes no policy", agent=name, field="policies", fix="give fields of it: {'timeout': 10}")
             found.setdefault(agent, {}).update(changes)
     for agent, declared in pipeline.agents.items() if found else ():
-        in_force(declared.policy, found, agent)
+        check_policy(declared, in_force(declared.policy, found, agent))
     return found
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import signal
+import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -237,6 +241,18 @@ def interrupt() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
+def interrupt_its_wait(begun: threading.Event) -> None:
+    """Interrupts the main thread when it waits for others: at many looks in a row it stood at the same place of a wait."""
+    assert begun.wait(SECONDS)
+    main, looks, deadline = threading.main_thread().ident or 0, deque[tuple[str, int]](maxlen=50), time.monotonic() + SECONDS
+    while len(looks) < 50 or set(looks) != {("wait", looks[0][1])}:
+        assert time.monotonic() < deadline
+        frame = sys._current_frames()[main]
+        looks.append((frame.f_code.co_name, frame.f_lasti))
+        os.sched_yield()
+    interrupt()
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["script", "notebook"])
 @pytest.mark.parametrize("limit", [1, 3])
 def test_an_interruption_ends_the_tasks_and_comes_through(inside: bool, limit: int) -> None:
@@ -268,15 +284,34 @@ def test_an_interruption_ends_the_tasks_and_comes_through(inside: bool, limit: i
 
 
 def test_an_interruption_waits_for_no_thread() -> None:
-    forever, begun = threading.Event(), threading.Event()
+    """Nor for its own wait to end, which the kernel would go on with: polars has a handler for Ctrl-C that asks it to."""
+    forever, begun, over = threading.Event(), threading.Event(), list[int]()
 
     def work(one: One) -> None:
         one.state = EXECUTING
         begun.set()
         forever.wait(SECONDS)
+        over.append(one.place)
 
-    threading.Thread(target=lambda: begun.wait(SECONDS) and interrupt(), daemon=True).start()
+    threading.Thread(target=interrupt_its_wait, args=(begun,), daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         in_threads(ones(9), work, 2)
-    assert not forever.is_set()
+    assert not over, "the calls go on"
     forever.set()
+
+
+def test_an_interruption_ends_what_a_thread_of_the_loop_runs_for_the_caller() -> None:
+    begun, ended = threading.Event(), list[str]()
+
+    async def forever() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(SECONDS)
+            ended.append("it was waited for")
+        finally:
+            ended.append("cancelled")
+
+    threading.Thread(target=interrupt_its_wait, args=(begun,), daemon=True).start()
+    with Loop(apart=True) as loop, pytest.raises(KeyboardInterrupt):
+        loop.run(forever())
+    assert ended == ["cancelled"]

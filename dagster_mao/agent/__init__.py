@@ -8,7 +8,7 @@ from dagster_mao.agent._agent import RESERVED_RESOURCES, Agent, FunctionAgent, a
 from dagster_mao.agent._batching import MicroBatch
 from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, Shape
 from dagster_mao.agent._effects import EffectKind, NoEffects, Undo, call_compensate, check_pivots, is_async_undo
-from dagster_mao.agent._fallback import Fallback, check_degradation
+from dagster_mao.agent._fallback import Fallback, check_policy
 from dagster_mao.agent._guard import current
 
 __all__ = [
@@ -27,8 +27,8 @@ __all__ = [
     "Undo",
     "agent",
     "call_compensate",
-    "check_degradation",
     "check_pivots",
+    "check_policy",
     "current",
     "is_async_undo",
 ]

@@ -22,7 +22,7 @@ from dagster_mao.agent._annotations import Annotation, closure, locals_named_by,
 from dagster_mao.agent._batching import MicroBatch
 from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, Shape
 from dagster_mao.agent._effects import EffectKind, NoEffects, check_effects, undo_resources
-from dagster_mao.agent._fallback import Fallback, check_degradation
+from dagster_mao.agent._fallback import Fallback, check_policy
 from dagster_mao.agent._guard import awaiting, calling, executing, refuse_nested, stepping
 from dagster_mao.agent._source import canonical, names_loaded, source_of
 from dagster_mao.contract import Contract
@@ -122,7 +122,7 @@ class Agent:
         self._check_quarantine()
         check_effects(self)
         if self.policy is not None:
-            check_degradation(self, self.policy)
+            check_policy(self, self.policy)
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:

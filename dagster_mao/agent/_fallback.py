@@ -93,10 +93,21 @@ class Fallback:
         _wrong(self._of, f"its fallback {self.agent.name!r} {what}", fix)
 
 
-def check_degradation(agent: Agent, policy: Policy) -> None:
-    """Raises WiringError when the policy defers the records of an agent that has none that can be told apart."""
-    if policy.when_open != "defer":
-        return
+def check_policy(agent: Agent, policy: Policy) -> None:
+    """Raises WiringError when a policy, declared or overridden, is none for this agent."""
+    if policy.isolate and agent.is_async:
+        raise WiringError(
+            f"Agent {agent.name!r}: it is async, and `isolate` would do nothing: only what is not async runs in a child process",
+            agent=agent.name,
+            field="isolate",
+            fix="leave `isolate` out: a call is cancelled at its `timeout`; or, where it may never await, define execute without async",
+        )
+    if policy.when_open == "defer":
+        _check_deferral(agent)
+
+
+def _check_deferral(agent: Agent) -> None:
+    """Only records that can be told apart can wait."""
     key = agent.output.key
     driver = next((i for i in agent.inputs if i.contract.key and i.required), None)
     if agent.output_shape is not Shape.RECORD or driver is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from dagster_mao.agent import Agent, AgentContext, NoEffects, Shape, check_degradation
+from dagster_mao.agent import Agent, AgentContext, NoEffects, Shape, check_policy
 from dagster_mao.boundary._call import Calls, RecordCalls, WholeCall
 from dagster_mao.boundary._checks import BREAKER, OUTPUT, PINNED_BASE, Check, check_names, input_check
 from dagster_mao.boundary._effects import journaled
@@ -68,7 +68,7 @@ def run_agent(
     to anybody.
     """
     policy = in_force(agent.policy, policies or {}, agent.name)
-    check_degradation(agent, policy)
+    check_policy(agent, policy)
     with Scratch(store) as scratch, ExitStack() as files:
         step = Step(store, agent, attempt, scratch)
         with step.reporting():

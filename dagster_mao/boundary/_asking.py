@@ -45,9 +45,9 @@ class Asking:
         try:
             if self._policy.isolate:  # what is sent to the child process is the agent's, and nothing of the step's
                 one.state = EXECUTING
-                value = self._gateway.call(self._agent.call, self._of(one), one.values, self._resources, observe=one)
+                value = self._gateway.call(self._agent.call, self._of(one), one.values, self._resources, observe=one, pause=one.pause)
             else:
-                value = self._gateway.call(self._execute, one, observe=one)
+                value = self._gateway.call(self._execute, one, observe=one, pause=one.pause)
             if is_answer(value):
                 return Answered(value, one.last)
             error: Exception = WrongAnswerError(type(value).__name__, expects)
@@ -67,7 +67,7 @@ class Asking:
             if fallback.agent.is_async:
                 value = self._loop().run(gateway.acall(*asked, observe=self._told(one)))
             else:
-                value = gateway.call(*asked, observe=self._told(one))
+                value = gateway.call(*asked, observe=self._told(one), pause=one.pause)
             return self._answered_instead(value, is_answer, expects)
         except Exception as raised:
             return self._failed(error, raised)
@@ -93,7 +93,7 @@ class Asking:
             elif fallback.agent.policy is None:
                 value = gateway.call(*asked, observe=self._told(one))
             else:  # it may wait, between its tries and for its limits
-                value = await asyncio.to_thread(gateway.call, *asked, observe=self._told(one))
+                value = await asyncio.to_thread(gateway.call, *asked, observe=self._told(one), pause=one.pause)
             return self._answered_instead(value, is_answer, expects)
         except Exception as raised:
             return self._failed(error, raised)

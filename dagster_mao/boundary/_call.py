@@ -89,13 +89,14 @@ class Calls:
                 about=about,
             )
         instead = agent.fallback if policy.fallback is not None else None
+        self._instead = None if instead is None else Gateway(own(instead.agent), f"{attempt.pipeline}.{instead.agent.name}", store.database)
         self.asking = Asking(
             agent,
             policy,
             context,
             resources,
             self._gateway,
-            None if instead is None else (instead, Gateway(own(instead.agent), f"{attempt.pipeline}.{instead.agent.name}", store.database)),
+            None if instead is None or self._instead is None else (instead, self._instead),
             self.log,
             self.loop,
         )
@@ -162,8 +163,10 @@ class Calls:
                     self.answers.logged()
             with self.telling("answers may not survive a loss of power"):
                 self.answers.close()
-        with self.telling("other processes are not told that the last calls went well"):
-            self._gateway.flush()
+        for gateway in (self._gateway, self._instead):
+            with self.telling("other processes are not told that the last calls went well"):
+                if gateway is not None:
+                    gateway.flush()
 
     @contextmanager
     def telling(self, what: str) -> Iterator[None]:

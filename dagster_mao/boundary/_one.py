@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -45,11 +46,11 @@ class StoppedError(BaseException):
 class One:
     """A call with the values of one record, or with whole frames. As the observer of its tries it hands on what it is told.
 
-    `shown` is the record's key as the log may have it. `stopped` is set when no further try is to be made; `on_failed` is called then, when
+    `shown` is the record's key as the log may have it. `stopped` says that no further try is to be made; `on_failed` is called then, when
     a try has ended without an answer.
     """
 
-    __slots__ = ("effects", "key", "last", "on_failed", "place", "record", "shown", "state", "stopped", "tell", "values")
+    __slots__ = ("_pause", "effects", "key", "last", "on_failed", "place", "record", "shown", "state", "stopped", "tell", "values")
 
     def __init__(
         self, place: int, record: str | None, shown: str | None, key: str, values: Mapping[str, Any], tell: Callable[[Any], object]
@@ -60,6 +61,22 @@ class One:
         self.stopped = False
         self.effects: Any = None  # how it has effects, as a context; None where the agent has none
         self.on_failed: Callable[[], object] | None = None
+        self._pause: threading.Event | None = None
+
+    def stop(self) -> bool:
+        """Lets no further try be made, and ends a pause; whether it was in one."""
+        self.stopped = True
+        if (pause := self._pause) is None:
+            return False
+        pause.set()
+        return True
+
+    def pause(self, seconds: float) -> None:
+        """Waits in a thread, for a limit or the next try. Raises `StoppedError` when the step ends meanwhile."""
+        self._pause = over = threading.Event()
+        if self.stopped or over.wait(seconds):
+            raise StoppedError
+        self._pause = None
 
     def __call__(self, told: CallRecord) -> None:
         if self.stopped and told.error is not None and told.error.endswith(StoppedError.__name__):

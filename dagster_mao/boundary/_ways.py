@@ -21,8 +21,10 @@ Ones = Iterator[One]
 Work = Callable[[One], object]
 AsyncWork = Callable[[One], Coroutine[Any, Any, object]]
 
+# Seconds that the main thread waits at a time. polars lets the kernel go on with a wait that Ctrl-C interrupts, if it has no end.
+_A_WHILE = 3600.0
 _INTERRUPTIONS = 50  # that a loop goes on after, to let its tasks end: each of them may raise one
-_CLEAN_UP = 5.0  # seconds that an interrupted step waits for its coroutines in another thread
+_CLEAN_UP = 5.0  # seconds that a step which ends waits for coroutines in another thread, and for threads that were in a pause
 
 
 class Ended:
@@ -66,6 +68,7 @@ class _Threads:
         self._turn = threading.Lock()  # of the iterator
         self._changed = threading.Condition()
         self._running: dict[int, One | None] = {}  # by thread; None while it fetches its next call
+        self._leaving: set[int] = set()  # the threads that were in a pause when the step ended
         self._ended = Ended()
         self._over = False
 
@@ -77,7 +80,8 @@ class _Threads:
             thread.start()
         try:
             with self._changed:
-                self._changed.wait_for(self._is_done)
+                while not self._changed.wait_for(self._is_done, _A_WHILE):
+                    pass
         finally:  # also when the step is interrupted
             self._stop()
         self._ended.reraise()
@@ -90,9 +94,9 @@ class _Threads:
     def _stop(self) -> None:
         with self._changed:
             self._over = True
-            for one in self._running.values():
-                if one is not None:
-                    one.stopped = True
+            self._drop()
+            # They give back what was reserved for them, which the process might not live to see.
+            self._changed.wait_for(lambda: not self._leaving & self._running.keys(), _CLEAN_UP)
 
     def _serve(self, number: int) -> None:
         one: One | None = None
@@ -107,7 +111,7 @@ class _Threads:
             with self._changed:
                 del self._running[number]
                 if self._ended:
-                    self._tell_all()
+                    self._drop()
                 self._changed.notify_all()
 
     def _next(self, number: int) -> One | None:
@@ -124,11 +128,13 @@ class _Threads:
             self._running[number] = one
         return one
 
-    def _tell_all(self) -> None:
-        """The step is over: no further try, and a word when one ends."""
-        for one in self._running.values():
+    def _drop(self) -> None:
+        """The step is over: no further try, no pause, and a word when a try ends."""
+        for number, one in self._running.items():
             if one is not None:
-                one.stopped, one.on_failed = True, self._notify
+                one.on_failed = self._notify
+                if one.stop():
+                    self._leaving.add(number)
 
     def _notify(self) -> None:
         with self._changed:
@@ -166,6 +172,8 @@ class Loop:
 
         future = asyncio.run_coroutine_threadsafe(whole(), self._loop)
         try:
+            while not wait((future,), _A_WHILE).done:
+                pass
             return future.result()
         except BaseException:
             if not ended.is_set():
@@ -250,7 +258,8 @@ class _Window:
         try:
             await self._done
         except BaseException:  # interrupted: nothing is waited for but the clean-up
-            for task in self._running:
+            for task, one in self._running.items():
+                one.stop()
                 task.remove_done_callback(self._over)
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
@@ -283,6 +292,7 @@ class _Window:
         first = not self._ended
         self._ended.add(error, one)
         for task, other in self._running.items() if first or self._ended.at_once else ():
-            other.stopped, other.on_failed = True, task.cancel
+            other.on_failed = task.cancel
+            other.stop()
             if self._ended.at_once or not other.is_under_way:
                 task.cancel()

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _LONG_WAIT = 60.0  # seconds of a wait for a limit that are told, and between two such words
 
+Pause = Callable[[float], object]
+
 logger = logging.getLogger("dagster_mao.gateway")
 
 
@@ -70,14 +72,15 @@ class Gateway:
                 policy.tokens_per_call,
             )
 
-    def call(self, function: Callable[..., Any], *args: Any, observe: Observe | None = None) -> Any:
+    def call(self, function: Callable[..., Any], *args: Any, observe: Observe | None = None, pause: Pause = time.sleep) -> Any:
         """What the function returns. Raises what its last try raised, `CallTimeoutError`, or `BreakerOpenError`.
 
-        `observe` is told each try when it has ended, also one that an open breaker refused; it must not raise.
+        `observe` is told each try when it has ended, also one that an open breaker refused; it must not raise. `pause` waits so many
+        seconds, for a limit or the next try; what it raises ends the call, and what was reserved for it is given back.
         """
         if self._policy.retries == 0:
-            return self._try(function, args, 1, observe)
-        return retry_call(self._policy, lambda number: self._try(function, args, number, observe))
+            return self._try(function, args, 1, observe, pause)
+        return retry_call(self._policy, lambda number: self._try(function, args, number, observe, pause), sleep=pause)
 
     async def acall(self, function: Callable[..., Awaitable[Any]], *args: Any, observe: Observe | None = None) -> Any:
         """As `call`, for what is awaited."""
@@ -85,14 +88,14 @@ class Gateway:
             return await self._atry(function, args, 1, observe)
         return await aretry_call(self._policy, lambda number: self._atry(function, args, number, observe))
 
-    def _try(self, function: Callable[..., Any], args: tuple[Any, ...], number: int, observe: Observe | None) -> Any:
-        admission, reserved = self._entered(observe) if self._is_guarded else (None, None)
+    def _try(self, function: Callable[..., Any], args: tuple[Any, ...], number: int, observe: Observe | None, pause: Pause) -> Any:
+        admission, reserved = self._entered(observe, pause) if self._is_guarded else (None, None)
         if admission is None and reserved is None and observe is None:
             return self._timed(function, args)
         with _Try(number, admission, observe, self._quota, reserved):
             return self._timed(function, args)
 
-    def _entered(self, observe: Observe | None) -> tuple[Admission | None, Reserved | None]:
+    def _entered(self, observe: Observe | None, pause: Pause) -> tuple[Admission | None, Reserved | None]:
         """Admitted by the breaker, with what the limits have reserved for it: the call is to be made now."""
         try:
             while True:
@@ -108,7 +111,7 @@ class Gateway:
                 # It may be longer than a probe's lease, and the breaker may open meanwhile.
                 _release(entered)
                 with self._returning(reserved):
-                    time.sleep(reserved.wait)
+                    pause(reserved.wait)
                     entered = self._enter()
                     if entered is None or not entered.is_held_up:
                         return entered, reserved

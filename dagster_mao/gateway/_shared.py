@@ -38,7 +38,7 @@ class SharedStore:
         self._lock = threading.RLock()  # SQLite has one writer: threads of a process take turns here, sooner than by its busy timeout
         self._engine: sa.Engine | None = None
         self._made: frozenset[str] = frozenset()
-        _STORES.add(self)
+        _STORES[id(self)] = self
 
     @property
     def url(self) -> str:
@@ -231,30 +231,45 @@ def _remade(url: str, clock: Callable[[], float]) -> SharedStore:
 
 # A connection must not cross a fork: SQLite's locks belong to the process, and a socket has one owner. So a fork waits for the transactions
 # of other threads, and nothing is open when it happens.
-_STORES: weakref.WeakSet[SharedStore] = weakref.WeakSet()
-_forking: list[SharedStore] = []
+_STORES: weakref.WeakValueDictionary[int, SharedStore] = weakref.WeakValueDictionary()
+
+
+class _Forking(threading.local):
+    """What a thread holds while it forks: several may at once."""
+
+    def __init__(self) -> None:
+        self.stores: list[SharedStore] = []
+
+
+_forking = _Forking()
+
+
+def _stores() -> list[SharedStore]:
+    # The references first, in one step: other threads go on making stores. In one order, so that two who fork do not wait for each other.
+    there = [store for reference in _STORES.valuerefs() if (store := reference()) is not None]
+    return sorted(there, key=id)
 
 
 def _before_fork() -> None:
-    _forking.extend(_STORES)
-    for store in _forking:
+    _forking.stores = _stores()
+    for store in _forking.stores:
         store._lock.acquire()
         if store._engine is not None:
             store._engine.dispose()
 
 
 def _after_fork_in_parent() -> None:
-    while _forking:
-        _forking.pop()._lock.release()
+    while _forking.stores:
+        _forking.stores.pop()._lock.release()
 
 
 def _after_fork_in_child() -> None:
-    for store in _forking:
+    for store in _stores():  # one that was made meanwhile, too
         store._lock = threading.RLock()
         if store._engine is not None:
             store._engine.dispose(close=False)
             store._engine = None
-    _forking.clear()
+    _forking.stores = []
 
 
 if hasattr(os, "register_at_fork"):

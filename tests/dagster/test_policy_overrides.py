@@ -55,14 +55,24 @@ def below(asking: Answer) -> Answer:
     return asking
 
 
+@mao.agent
+def totals(entry: mao.LazyFrame[Item]) -> mao.LazyFrame[Item]:
+    return entry
+
+
+@mao.agent
+async def eager(entry: Item) -> Item:
+    return entry
+
+
 PIPELINE = mao.Pipeline("shop", entry=entry, agents=[asking, below])
 
 
-def definitions(folder: Path, other: Other, **overrides: Any) -> dg.Definitions:
+def definitions(folder: Path, other: Other, pipeline: mao.Pipeline = PIPELINE, **overrides: Any) -> dg.Definitions:
     policies = {"policies": mao.PolicyOverrides(overrides=overrides)} if overrides else {}
     store = StateStoreResource(root=str(folder / "state"))
     return build_definitions(
-        PIPELINE, resources={"state_store": store, "other": dg.ResourceDefinition.hardcoded_resource(other), **policies}
+        pipeline, resources={"state_store": store, "other": dg.ResourceDefinition.hardcoded_resource(other), **policies}
     )
 
 
@@ -88,11 +98,14 @@ def shown(result: Any, agent: str = "asking") -> dict[str, Any]:
         ({"asking": {"rate_limit": "often"}}, "rate_limit"),
         ({"asking": {"breaker": {"fail_maxx": 1}}}, "fail_max"),
         ({"asking": {"transient": ["OSError"]}}, "transient"),
+        ({"totals": {"breaker": {}, "when_open": "defer"}}, "not called record by record"),
+        ({"eager": {"isolate": True, "timeout": 1}}, "it is async"),
     ],
 )
 def test_an_override_that_cannot_be_is_refused_when_the_code_location_loads(tmp_path: Path, overrides: Any, told: str) -> None:
+    pipeline = mao.Pipeline("shop", entry=entry, agents=[asking, below, totals, eager])
     with pytest.raises(mao.WiringError, match=told):
-        definitions(tmp_path, Other(), **overrides)
+        definitions(tmp_path, Other(), pipeline, **overrides)
 
 
 def test_names_of_other_pipelines_are_theirs_and_ones_own_may_be_qualified() -> None:

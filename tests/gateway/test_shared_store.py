@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from dagster_mao.errors import StoreError
-from dagster_mao.gateway._shared import METADATA, SharedStore
+from dagster_mao.gateway._shared import METADATA, SharedStore, _after_fork_in_parent, _before_fork
 from tests.gateway.crew import Member
 
 COUNTERS = sa.Table("test_counters", METADATA, sa.Column("name", sa.Text, primary_key=True), sa.Column("n", sa.Integer, nullable=False))
@@ -81,6 +81,56 @@ def test_a_fork_while_a_thread_writes(shared: SharedStore) -> None:
         stop.set()
         thread.join()
     assert counted(shared) == len(done) + 50
+
+
+def test_two_threads_that_fork_at_once_each_let_go_of_what_they_held(tmp_path: Path) -> None:
+    """The first forks and lets go while the second waits for its turn."""
+    shared = SharedStore(tmp_path / "shared.db")
+    begun, ended = threading.Event(), threading.Event()
+
+    def fork() -> None:
+        begun.set()
+        _before_fork()
+        _after_fork_in_parent()
+        ended.set()
+
+    _before_fork()
+    second = threading.Thread(target=fork)
+    second.start()
+    assert begun.wait(60)
+    _after_fork_in_parent()
+    second.join(60)
+    assert ended.is_set()
+    other = threading.Thread(target=started, args=(shared,))
+    other.start()
+    other.join(60)
+    assert counted(shared) == 0, "nobody holds it any more"
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_threads_fork_and_write(shared: SharedStore) -> None:
+    started(shared)
+    failed = []
+
+    def forks() -> None:
+        for _ in range(5):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    count(shared, 2)
+                    os._exit(0)
+                except BaseException:
+                    os._exit(1)
+            failed.append(os.waitpid(pid, 0)[1])
+            count(shared)
+
+    threads = [threading.Thread(target=forks) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert failed == [0] * 20
+    assert counted(shared) == 60
 
 
 def test_an_error_in_the_block_rolls_back(shared: SharedStore) -> None:
