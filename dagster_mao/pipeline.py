@@ -157,8 +157,8 @@ class Pipeline:
         return self.node(agent).inputs
 
     def output_of(self, agent: str) -> Contract[Any]:
-        """The contract that the agent promises to those who read it."""
-        return self.node(agent).output
+        """The contract that the agent promises to those who read it; of one that is run elsewhere, what it is expected to promise."""
+        return (self._listened.get(agent) or self.node(agent)).output
 
     def downstreams(self, agent: str) -> tuple[str, ...]:
         """Names of those who read the agent, in topological order."""

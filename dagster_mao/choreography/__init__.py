@@ -9,6 +9,7 @@ from dagster_mao.choreography._deliveries import redeliver, tick
 from dagster_mao.choreography._drain import Drained, drain, enter
 from dagster_mao.choreography._due import Due, Subscriber, due, subscribers
 from dagster_mao.choreography._inbox import Intake, Submitted, cut, intake_workflow, run_inbox, submit, take
+from dagster_mao.choreography._launching import done_of, held, redeliver_batch, workflows_of
 from dagster_mao.choreography._run import Delivered, run_batch
 
 __all__ = [
@@ -23,15 +24,19 @@ __all__ = [
     "Subscriber",
     "abandon",
     "cut",
+    "done_of",
     "drain",
     "due",
     "enter",
+    "held",
     "intake_workflow",
     "redeliver",
+    "redeliver_batch",
     "run_batch",
     "run_inbox",
     "submit",
     "subscribers",
     "take",
     "tick",
+    "workflows_of",
 ]

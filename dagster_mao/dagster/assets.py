@@ -5,41 +5,45 @@ from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
-from pydantic import ValidationError
 
 from dagster_mao.agent import Agent
-from dagster_mao.boundary import BREAKER, OUTPUT, PINNED_BASE, Check, Outcome, check_names, run_agent
+from dagster_mao.boundary import BREAKER, OUTPUT, PINNED_BASE, Outcome, check_names, run_agent
 from dagster_mao.configuration import config_digest
-from dagster_mao.dagster.metadata import of_calls, of_check, of_deferred, of_seal
 from dagster_mao.dagster.policies import POLICIES
 from dagster_mao.dagster.quarantine import data_version, of_quarantine, quarantine_key
 from dagster_mao.dagster.resources import STATE_STORE
-from dagster_mao.dagster.runs import AGENT_TAG, ENTRY_TAG, PIPELINE_TAG, is_fresh, only_partition, open_attempt
+from dagster_mao.dagster.runs import (
+    AGENT_TAG,
+    ENTRY_TAG,
+    PIPELINE_TAG,
+    PLAN_TAG,
+    WAITS_FOR_TAG,
+    is_fresh,
+    is_started,
+    only_partition,
+    open_attempt,
+    workflow_tags,
+)
 from dagster_mao.dagster.saga import build_request_hook, with_effects
+from dagster_mao.dagster.telling import UNPINNED, failure, of_asset, paid_in_vain, result, verdicts, without_values
 from dagster_mao.dagster.translator import AgentTranslator
 from dagster_mao.errors import (
     AgentCallError,
     BatchRefusedError,
     BreakerOpenError,
-    FencedError,
     IncompatibleContractError,
     InvalidRecordsError,
     MaoError,
-    PinError,
-    StaleStateError,
-    TamperedError,
     WiringError,
 )
 from dagster_mao.pipeline import ExternalEntry, Pipeline
-from dagster_mao.review.calls import told_of
-from dagster_mao.state import CallSummary, StateStore
+from dagster_mao.state import StateStore
 
 IO_MANAGER = "state_io_manager"
 """The resource key of the IO manager that loads agents' snapshots for plain assets."""
 
-_UNPINNED = (FencedError, PinError, StaleStateError, TamperedError)
 # What a second try in the same run cannot mend.
-_FINAL = (*_UNPINNED, AgentCallError, BatchRefusedError, BreakerOpenError, IncompatibleContractError, InvalidRecordsError, WiringError)
+_FINAL = (*UNPINNED, AgentCallError, BatchRefusedError, BreakerOpenError, IncompatibleContractError, InvalidRecordsError, WiringError)
 _RECORDS = "records"
 
 
@@ -68,8 +72,13 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
         # Below its agent: whatever is selected downstream of the agent then has the whole op, which has no parts.
         specs.append(aside.merge_attributes(deps=[key]))
 
+    is_subscriber = pipeline.mode != "orchestration" and agent != pipeline.entry_name
+
     def materialize(context: dg.AssetExecutionContext, **inputs: Any) -> Iterator[Any]:
-        yield from _materialize(context, pipeline, one, inputs.get(_RECORDS))
+        if is_subscriber and not is_started(context.instance, context.run, pipeline.name, agent):
+            context.log.info(f"{agent} is not started here: its sensor does, once all that it reads is sealed.")
+        else:
+            yield from _selected(context, _materialize(context, pipeline, one, inputs.get(_RECORDS)))
 
     wrap = dg.multi_asset(
         name=op_name(pipeline.name, agent),
@@ -78,10 +87,31 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
         check_specs=boundary_check_specs(pipeline, agent),
         required_resource_keys={STATE_STORE, POLICIES, *one.resources},
         pool=one.pool,
+        can_subset=is_subscriber,  # then a step may go without outputs: what the sensors start is left to them
         hooks={build_request_hook(pipeline)} if agent in with_effects(pipeline) else None,
-        op_tags={PIPELINE_TAG: pipeline.name, AGENT_TAG: agent, ENTRY_TAG: pipeline.entry_name},
+        op_tags=_op_tags(pipeline, one),
     )
     return wrap(materialize)
+
+
+def _op_tags(pipeline: Pipeline, agent: Agent) -> dict[str, str]:
+    tags = {PIPELINE_TAG: pipeline.name, AGENT_TAG: agent.name, ENTRY_TAG: pipeline.entry_name}
+    if pipeline.mode == "hybrid" and agent.name == pipeline.entry_name:
+        tags[PLAN_TAG] = ",".join(pipeline.order)
+    elif pipeline.mode != "orchestration" and agent.inputs:
+        tags[WAITS_FOR_TAG] = ",".join(read.upstream for read in agent.inputs)
+    return tags
+
+
+def _selected(context: dg.AssetExecutionContext, told: Iterator[Any]) -> Iterator[Any]:
+    """What was selected of what an op tells: Dagster takes no more."""
+    keys, checks = context.selected_asset_keys, {(check.asset_key, check.name) for check in context.selected_asset_check_keys}
+    for one in told:
+        if isinstance(one, dg.MaterializeResult) and one.asset_key not in keys:
+            continue
+        if isinstance(one, dg.AssetCheckResult) and (one.asset_key, one.check_name) not in checks:
+            continue
+        yield one
 
 
 def _named(spec: dg.AssetSpec, key: dg.AssetKey, agent: str) -> dg.AssetSpec:
@@ -148,22 +178,15 @@ def _materialize(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: A
     try:
         outcome = _run(context, pipeline, agent, records)
     except MaoError as error:
-        if isinstance(error, _UNPINNED) and not error.checks:
-            error.checks = (Check(PINNED_BASE, False, str(error)),)
-        yield from (_result(key, check) for check in error.checks)
-        if error.calls is not None and error.calls != CallSummary():
-            # Nothing is materialised: what was paid for is told all the same, where the UI plots it.
-            told, partition = f"No version was sealed: {told_of(error.calls)}.", _partition(context, agent)
-            yield dg.AssetObservation(key, told, partition=partition, metadata=of_calls(error.calls))
+        error.checks = verdicts(error)
+        yield from (result(key, check) for check in error.checks)
+        yield from paid_in_vain(key, error, _partition(context, agent) if error.calls else None)
         if not isinstance(error, _FINAL):
             raise without_values(error) from error.__cause__
-        raise _failure(error) from without_values(error)
-    yield from (_result(key, check) for check in outcome.checks)
-    yield dg.MaterializeResult(
-        asset_key=key,
-        metadata=of_deferred(_store(context), outcome.seal) | of_seal(outcome.seal, pipeline, reused=outcome.reused, calls=outcome.calls),
-        data_version=dg.DataVersion(outcome.seal.digest),
-    )
+        raise failure(error) from without_values(error)
+    yield from (result(key, check) for check in outcome.checks)
+    metadata = of_asset(_store(context), pipeline, outcome)
+    yield dg.MaterializeResult(asset_key=key, metadata=metadata, data_version=dg.DataVersion(outcome.seal.digest))
     if agent.quarantine is not None:
         # Also when there is nothing in it, so that its numbers over time have their zeros.
         yield dg.MaterializeResult(
@@ -178,6 +201,9 @@ def _run(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: Agent, re
     policies = getattr(context.resources, POLICIES).of(pipeline)
     fresh = is_fresh(context.run.tags, pipeline, agent.name)
     attempt = open_attempt(store, context.instance, context.run, pipeline=pipeline.name, partition_key=partition_key)
+    tags = workflow_tags([attempt.workflow_id])
+    if not tags.keys() <= context.run.tags.keys():
+        context.instance.add_run_tags(context.run.run_id, tags)
     resources = {name: getattr(context.resources, name) for name in agent.resources}
     return run_agent(
         store,
@@ -201,40 +227,3 @@ def _partition(context: dg.AssetExecutionContext, agent: Agent) -> str | None:
 def _store(context: dg.AssetExecutionContext) -> StateStore:
     store: StateStore = getattr(context.resources, STATE_STORE).store()
     return store
-
-
-def without_values(error: MaoError) -> MaoError:
-    """The error with the values that pydantic quotes taken out of its causes: Dagster writes the whole chain to its event log.
-
-    Where it happened and which rule was broken stays. What an agent's own code puts into the text of its errors was withheld before, where
-    there is personal data.
-    """
-    links: list[tuple[BaseException, BaseException]] = []
-    link: BaseException = error
-    while (cause := link.__cause__ or (None if link.__suppress_context__ else link.__context__)) is not None:
-        links.append((link, cause))
-        link = cause
-    for outer, inner in links:
-        if isinstance(inner, ValidationError):
-            told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['type']}" for one in inner.errors(include_input=False))
-            outer.__cause__ = ValueError(f"{inner.error_count()} validation errors for {inner.title}: {told}").with_traceback(
-                inner.__traceback__
-            )
-    return error
-
-
-def _result(key: dg.AssetKey, check: Check) -> dg.AssetCheckResult:
-    return dg.AssetCheckResult(
-        passed=check.passed,
-        check_name=check.name,
-        asset_key=key,
-        severity=dg.AssetCheckSeverity.WARN if check.severity == "warn" else dg.AssetCheckSeverity.ERROR,
-        description=check.description,
-        metadata=of_check(check),
-    )
-
-
-def _failure(error: MaoError) -> dg.Failure:
-    told = {f"{check.name}: {name}": value for check in error.checks if not check.passed for name, value in of_check(check).items()}
-    paid = {} if error.calls is None else of_calls(error.calls)
-    return dg.Failure(str(error), metadata=told | paid, allow_retries=False)

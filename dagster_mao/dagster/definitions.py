@@ -40,16 +40,22 @@ def build_definitions(
     agent has effects, a sensor starts a job that compensates attempts which did not complete (`build_compensation_sensor`).
     """
     assets = build_assets(pipeline, translator=translator)
-    job = build_job(pipeline)
-    schedule = build_schedule(pipeline, job)
+    job = build_job(pipeline) if pipeline.entry_name else None
+    schedule = build_schedule(pipeline, job) if job else None
     sensors = [build_breaker_sensor(pipeline, alert)] if guarded_agents(pipeline) else []
+    agent_jobs = []
+    if pipeline.mode != "orchestration":
+        from dagster_mao.dagster import choreography  # SQLAlchemy, which not every pipeline needs
+
+        agent_jobs = choreography.build_agent_jobs(pipeline)
+        sensors += choreography.build_subscriber_sensors(pipeline)
     compensating = [build_compensation_job(pipeline)] if with_effects(pipeline) else []
     if compensating:
         sensors.append(build_compensation_sensor(pipeline))
     return dg.Definitions(
         assets=assets,
         asset_checks=build_chain_checks(pipeline),
-        jobs=[job, *compensating],
+        jobs=[*([job] if job else []), *agent_jobs, *compensating],
         schedules=[schedule] if schedule else [],
         sensors=sensors,
         resources=_resources(pipeline, dict(resources or {})),
@@ -57,8 +63,12 @@ def build_definitions(
 
 
 def build_job(pipeline: Pipeline) -> Any:
-    """The asset job `<pipeline>_job`: the entry, all agents and their checks, but for those that go through all partitions."""
-    keys = [key for agent in pipeline.order for key in asset_keys(pipeline, agent)]
+    """The asset job `<pipeline>_job`: the entry, all agents and their checks, but for those that go through all partitions.
+
+    Where agents start by themselves it is the entry alone.
+    """
+    agents = pipeline.order if pipeline.mode == "orchestration" else (pipeline.entry.name,)
+    keys = [key for agent in agents for key in asset_keys(pipeline, agent)]
     own = dg.AssetSelection.assets(*keys)
     everywhere = checks_of_all(pipeline)
     return dg.define_asset_job(

@@ -1,6 +1,9 @@
 """From a Dagster run to an attempt: the root run is the attempt, its execution plan says what the attempt sets out to seal."""
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 import dagster as dg
 
@@ -16,8 +19,20 @@ WORKFLOW_TAG = "mao/workflow"
 FRESH_TAG = "mao/fresh"
 """A run tag that says for which agents no kept answer is used: "true" for all of the run, or their names with commas between."""
 
+WORKFLOWS_TAGGED = 50
+"""How many of a run's workflows are tags of it; the others are in its log."""
+
+BATCH_TAG = "mao/batch"
+"""A run tag: the micro-batch that the run was launched for."""
+
 PIPELINE_TAG, AGENT_TAG, ENTRY_TAG = "mao/pipeline", "mao/agent", "mao/entry"
 """Tags of an agent's op. The plan is read from them, so that whoever joins an attempt first, an IO manager too, pins the same plan."""
+
+PLAN_TAG, WAITS_FOR_TAG = "mao/plan", "mao/waits_for"
+"""Tags of an op where agents start by themselves: what an attempt is complete with that it begins; whose seals it waits for."""
+
+_LONGEST_TAG = 63 - len("workflow.")  # Dagster takes 63 characters after the slash
+_TAGGABLE = re.compile(rf"[A-Za-z0-9_.-]{{1,{_LONGEST_TAG}}}")
 
 
 def open_attempt(
@@ -53,13 +68,50 @@ def ancestry(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, ...
 
 
 def planned(instance: dg.DagsterInstance, run: dg.DagsterRun, pipeline: str) -> tuple[tuple[str, ...], str]:
-    """The agents of a pipeline among the steps that a run set out to execute, sorted; and the pipeline's entry ("" when there are none)."""
+    """What a run sets out to seal of a pipeline, sorted; and the pipeline's entry ("" when there are none).
+
+    These are the agents among its steps; where they start by themselves, those that this run starts, or, of a run that seals the entry of
+    an attempt in hybrid mode, all agents.
+    """
+    own = _steps(instance, run, pipeline)
+    entry = next((tag[ENTRY_TAG] for tag in own), "")
+    told = next((tag[PLAN_TAG].split(",") for tag in own if PLAN_TAG in tag), None)
+    return tuple(sorted(told or _starting(own))), entry
+
+
+def is_started(instance: dg.DagsterInstance, run: dg.DagsterRun, pipeline: str, agent: str) -> bool:
+    """Whether a run starts an agent that else starts by itself: not where it seals what the agent waits for."""
+    root = instance.get_run_by_id(ancestry(instance, run)[-1]) or run
+    return agent in _starting(_steps(instance, root, pipeline))
+
+
+def _starting(steps: Sequence[Mapping[str, str]]) -> set[str]:
+    names = {tag[AGENT_TAG] for tag in steps}
+    return {tag[AGENT_TAG] for tag in steps if names.isdisjoint(tag.get(WAITS_FOR_TAG, "").split(","))}
+
+
+def _steps(instance: dg.DagsterInstance, run: dg.DagsterRun, pipeline: str) -> list[Mapping[str, str]]:
+    """The tags of the pipeline's ops among the steps that a run set out to execute."""
     if run.execution_plan_snapshot_id is None:
         raise WiringError(f"Run {run.run_id} has no execution plan snapshot", fix="start it through Dagster's own launchers")
     plan = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id)
     tags = [step.tags for step in plan.steps if step.key in plan.step_keys_to_execute and step.tags]
-    own = [tag for tag in tags if tag.get(PIPELINE_TAG) == pipeline and AGENT_TAG in tag]
-    return tuple(sorted({tag[AGENT_TAG] for tag in own})), next((tag[ENTRY_TAG] for tag in own), "")
+    return [tag for tag in tags if tag.get(PIPELINE_TAG) == pipeline and AGENT_TAG in tag]
+
+
+def workflow_tags(workflows: Iterable[str]) -> dict[str, str]:
+    """The run tags of some workflows, one each, so that the run list can be filtered by one: `mao/workflow.<key>`, the pipeline.
+
+    A key that is too long for a tag, or has other characters than these take, is cut short and ends in a hash.
+    """
+    told = (workflow.partition("/") for workflow in islice(workflows, WORKFLOWS_TAGGED))
+    return {f"{WORKFLOW_TAG}.{_tag_name(key)}": pipeline for pipeline, _, key in told}
+
+
+def _tag_name(key: str) -> str:
+    if _TAGGABLE.fullmatch(key):
+        return key
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', key)[: _LONGEST_TAG - 9]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 def only_partition(keys: Iterable[str], what: str) -> str:

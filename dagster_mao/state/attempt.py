@@ -289,9 +289,13 @@ def entry_of(seals: Sequence[Seal], seal: Seal) -> Seal | None:
 
 
 def effective(seals: Sequence[Seal]) -> dict[str, Seal]:
-    """By agent, the last seal of completed attempts: an attempt counts from the seal that completes its plan, and no more once fenced."""
+    """By agent, the last seal of completed attempts: an attempt counts from the seal that completes its plan, and no more once fenced.
+
+    From then on what it seals counts seal by seal: it does not bring back what another attempt has replaced meanwhile.
+    """
     fenced = {seal.attempt for seal in seals if seal.kind == "fence"}
     sealed: dict[str, dict[str, Seal]] = {}
+    completed: set[tuple[str, tuple[str, ...]]] = set()
     state: dict[str, Seal] = {}
     for seal in seals:
         if seal.attempt in fenced or seal.kind not in _OUTPUTS:
@@ -299,7 +303,10 @@ def effective(seals: Sequence[Seal]) -> dict[str, Seal]:
         attempt = sealed.setdefault(seal.attempt, {})
         attempt[seal.agent] = seal
         if attempt.keys() >= set(seal.plan):
-            state.update(attempt)
+            is_first = (seal.attempt, seal.plan) not in completed
+            completed.add((seal.attempt, seal.plan))
+            # Where agents start by themselves, an attempt is joined by such as are no part of its plan, and have one of their own.
+            state.update({name: attempt[name] for name in seal.plan} if is_first and seal.agent in seal.plan else {seal.agent: seal})
     return state
 
 
