@@ -203,10 +203,23 @@ class StateLog:
             fix="run `dagster-mao verify` and restore from a backup",
         )
 
-    def head(self, workflow_id: str, table: DeltaTable | None) -> int:
-        """The workflow's last version by its transactions, without reading a row; -1 when it has none."""
-        version = None if table is None else table.transaction_version(workflow_id)
+    def head(self, workflow_id: str, table: DeltaTable | None) -> int | None:
+        """The workflow's last version by its transactions, without reading a row; -1 when it has none.
+
+        None where the handle is too old to say: it reads the commits since its checkpoint again, and they are dropped behind the next one.
+        """
+        try:
+            version = None if table is None else table.transaction_version(workflow_id)
+        except (DeltaError, FileNotFoundError) as error:
+            logger.debug("a handle on the state log is too old: %s", str(error).splitlines()[0])
+            return None
         return -1 if version is None else version
+
+    def looked_up(self, workflow_id: str, table: DeltaTable | None) -> tuple[int, DeltaTable | None]:
+        """`head`, and the handle that says so: the given one, or one that is opened now. Raises `StoreError`."""
+        while (head := self.head(workflow_id, table)) is None:
+            table = self.open()
+        return head, table
 
     def _files(self, table: DeltaTable | None, workflows: Collection[str] | None = None) -> pl.LazyFrame:
         """Rows at the version of the handle: all, or at least those of some workflows, from the files whose statistics allow it.
@@ -242,7 +255,11 @@ class StateLog:
         mismatches = 0
         for _ in range(_TRIES):
             table = table or self.open() or self._create()
-            length = self.head(workflow_id, table) + 1
+            head = self.head(workflow_id, table)
+            if head is None:
+                table = None
+                continue
+            length = head + 1
             if length != len(seen):
                 seen = self.seals(workflow_id, table)
             if length != len(seen):

@@ -236,7 +236,8 @@ class StateStore:
             pins = self._pin(pipeline, attempt, tuple(plan), entry, workflow_key, now, table)
             self.objects.put_if_absent(path, pins.model_dump_json().encode())
         pins = Pins.model_validate_json(self.objects.get(path))
-        if pins.base > self._log.head(pins.workflow_id, table):  # another step pinned meanwhile, and saw more
+        head, table = self._log.looked_up(pins.workflow_id, table)
+        if pins.base > head:  # another step pinned meanwhile, and saw more
             table = self._log.open()
         joined = Attempt(self.objects, self._log, table, pins, run_id=run_id, lineage=tuple(lineage) or (run_id,))
         joined.refuse_if_fenced()
@@ -284,7 +285,7 @@ class StateStore:
             raise PinError(
                 f"The workflow id is longer than {_LONGEST_ID} bytes, percent-encoded", workflow=workflow_id, fix="shorten the key"
             )
-        base = self._log.head(workflow_id, table)
+        base, _ = self._log.looked_up(workflow_id, table)
         return Pins(workflow_id=workflow_id, pipeline=pipeline, attempt=attempt, entry=entry, plan=plan, base=base, now=now)
 
     def _last_completed(self, pipeline: str) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -58,6 +59,47 @@ def test_a_compaction_and_a_vacuum_between_pin_and_seal_do_no_harm(local_store: 
     DeltaTable(local_store._log.uri).vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
     assert seal(local_store, attempt, "score", parents=[entry]).version == 1
     assert len(local_store.log().collect()) == 27
+
+
+def drop_commits(store: StateStore) -> None:
+    """As the log does by itself at a checkpoint, with those that are ten seconds old: so long a step takes on a busy machine."""
+    folder = Path(store._log.uri) / "_delta_log"
+    newest = max(int(file.name[:20]) for file in folder.glob("*.checkpoint.parquet"))
+    for file in folder.glob("*.json"):
+        if int(file.stem) < newest:
+            file.unlink()
+
+
+def test_commits_that_were_dropped_between_pin_and_seal_are_not_missed(local_store: StateStore) -> None:
+    entry = seal(local_store, join(local_store, "run-1"), "applications")
+    for n in range(5):  # the handles stand between two checkpoints
+        seal(local_store, join(local_store, f"before-{n}", key=f"before-{n}"), "applications")
+    attempt, late = join(local_store, "run-1"), local_store._log.open()
+    for n in range(25):
+        seal(local_store, join(local_store, f"other-{n}", key=f"day-{n}"), "applications")
+    drop_commits(local_store)
+    assert seal(local_store, attempt, "score", parents=[entry]).version == 1
+    assert local_store._log.head("credit/day", late) is None
+    assert [found.version for found in local_store._log.seals("credit/day", late)] == [0]  # what it stands for
+
+
+def test_commits_that_are_dropped_while_an_attempt_is_opened_are_not_missed(
+    local_store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(6):
+        seal(local_store, join(local_store, f"before-{n}", key=f"before-{n}"), "applications")
+    put = Objects.put_if_absent
+
+    def slow(self: Objects, *given: Any) -> Any:
+        result = put(self, *given)
+        monkeypatch.undo()
+        for n in range(10):
+            seal(local_store, join(local_store, f"other-{n}", key=f"day-{n}"), "applications")
+        drop_commits(local_store)
+        return result
+
+    monkeypatch.setattr(Objects, "put_if_absent", slow)
+    assert seal(local_store, join(local_store, "run-1"), "applications").version == 0
 
 
 def test_the_commit_of_the_seal_is_flushed_to_the_disk(local_store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
