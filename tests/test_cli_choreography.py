@@ -1,4 +1,4 @@
-"""`dagster-mao submit`, as people and programs use it."""
+"""`dagster-mao submit` and `dagster-mao choreography`, as people and programs use it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 import dagster_mao as mao
-from dagster_mao.choreography import cut, take
+from dagster_mao.choreography import cut, drain, take, tick
+from dagster_mao.choreography._tables import shared
 from dagster_mao.cli import app
 from dagster_mao.state import StateStore
-from tests.choreography.loans import loans
+from tests.choreography.loans import Ledger, arrive, elsewhere, loans
 
 PIPELINE = loans(inbox=mao.MicroBatch(size=1000, wait=0))
 EVENTS = [{"id": f"A{number}", "amount": 100.0 + number} for number in range(3)]
@@ -118,4 +119,72 @@ def test_what_is_wrong_is_said(store: StateStore, tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
-WITHOUT = loans()
+# -- how subscribers stand -----------------------------------------------------------------------------------------------------------
+
+
+def state_of(agent: str, *options: str, code: int = 0) -> dict[str, Any]:
+    told = json.loads(call("choreography", "loans", "--json", *options, code=code).stdout)
+    assert told["is_healthy"] is (code == 0)
+    (found,) = (one for one in told["subscribers"] if one["agent"] == agent)
+    return dict(found)
+
+
+def test_subscribers_are_shown_as_they_stand(store: StateStore, tmp_path: Path) -> None:
+    call("submit", "loans", "-", given=jsonl(EVENTS))
+    told = call("choreography", "loans").output
+    assert "applications (inbox)    3" in told
+    assert "Nobody is dead, and nothing is stuck." in told
+    assert drain(store, PIPELINE, resources={"ledger": Ledger(tmp_path)}).count("done") == 5
+    assert state_of("applications")["due"] == state_of("approval")["due"] == 0
+    assert [one for one in call("choreography", "loans", "--agent", "risk").output.splitlines() if "approval" in one] == []
+
+
+def test_what_is_stuck_is_told_until_it_is_tried_again(store: StateStore, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.fail("income loans/w1")
+    arrive(store, "w1", "w2")
+    drain(store, PIPELINE, resources={"ledger": ledger})
+    told = call("choreography", "loans", code=1).output
+    assert "risk: 1 stuck join" in told
+    assert "loans/w1 lacks income since" in told
+    assert "income failed (AgentFailedError)" in told
+    assert "income has given up 1: 1 by AgentFailedError" in told
+    assert "Nobody is dead" not in told
+    assert "Grace" not in told
+    assert state_of("risk", code=1)["stuck"][0]["missing"] == ["income"]
+    ledger.fail()
+    assert "0 failed deliveries to be tried again" in call("choreography", "loans", "--redeliver", "--workflow", "loans/w2", code=1).output
+    assert "0 failed deliveries" in call("choreography", "loans", "--redeliver", "--agent", "risk", code=1).output
+    assert "1 failed delivery to be tried again" in call("choreography", "loans", "--redeliver").output
+    drain(store, PIPELINE, resources={"ledger": ledger})
+    assert state_of("income")["failed"] == 0
+
+
+def test_the_dead_are_told(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrive(store, "w1")
+    with shared(store).transaction() as connection:
+        now = shared(store).now(connection)
+    with monkeypatch.context() as patched:
+        patched.setattr(shared(store), "_clock", lambda: now - 120)
+        tick(store, PIPELINE, "score", every=5.0)
+    told = call("choreography", "loans", code=1).output
+    assert "2 min ago, every 5 s: DEAD" in told
+    assert told.count("DEAD") == 1
+    assert state_of("score", code=1)["is_dead"] is True
+
+
+def test_agents_of_other_code_locations_are_shown_with_the_others(store: StateStore, tmp_path: Path) -> None:
+    file = tmp_path / "pyproject.toml"
+    file.write_text(file.read_text().replace('PIPELINE"', 'ELSEWHERE", "tests.test_cli_choreography:PIPELINE"'))
+    told = json.loads(call("choreography", "loans", "--json").stdout)["subscribers"]
+    assert [one["agent"] for one in told] == ["notify", "applications", "score", "income", "risk", "approval"]
+    assert "1 event accepted" in call("submit", "loans", "-", given=jsonl(EVENTS[:1])).output  # into the one that has an inbox
+
+
+def test_nobody_starts_by_himself_in_orchestration(store: StateStore) -> None:
+    assert "its mode is orchestration" in call("choreography", "tests.test_cli_choreography:ORCHESTRATED").output
+    assert "has no subscriber 'scores'" in call("choreography", "loans", "--agent", "scores", code=2).output
+    assert "--workflow goes with --redeliver" in call("choreography", "loans", "--workflow", "loans/w1", code=2).output
+
+
+WITHOUT, ORCHESTRATED, ELSEWHERE = loans(), loans("orchestration"), elsewhere()

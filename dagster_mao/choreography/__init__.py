@@ -9,19 +9,23 @@ from dagster_mao.choreography._deliveries import redeliver, tick
 from dagster_mao.choreography._drain import Drained, drain, enter
 from dagster_mao.choreography._due import Due, Subscriber, due, subscribers
 from dagster_mao.choreography._inbox import Intake, Submitted, cut, intake_workflow, run_inbox, submit, take
+from dagster_mao.choreography._lag import STUCK_AFTER, Stuck, SubscriberState, lag
 from dagster_mao.choreography._launching import done_of, held, redeliver_batch, workflows_of
 from dagster_mao.choreography._run import Delivered, run_batch
 
 __all__ = [
     "LEASE",
+    "STUCK_AFTER",
     "Batch",
     "BatchTakenError",
     "Delivered",
     "Drained",
     "Due",
     "Intake",
+    "Stuck",
     "Submitted",
     "Subscriber",
+    "SubscriberState",
     "abandon",
     "cut",
     "done_of",
@@ -30,6 +34,7 @@ __all__ = [
     "enter",
     "held",
     "intake_workflow",
+    "lag",
     "redeliver",
     "redeliver_batch",
     "run_batch",

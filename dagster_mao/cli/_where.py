@@ -153,15 +153,16 @@ def load_pipeline(given: str | None, workflow: str) -> Pipeline:
     raise WiringError(f"No pipeline that is named has this workflow; there is {there}", workflow=workflow, fix="name its own by --pipeline")
 
 
-def named_pipeline(name: str) -> Pipeline:
-    """The pipeline of this name in pyproject.toml, or at module:attribute. Raises `WiringError` when there is none by that name."""
+def named_pipelines(name: str) -> list[Pipeline]:
+    """The pipeline at module:attribute, or those of this name in pyproject.toml: there are several where agents run in code locations of
+    their own. Raises `WiringError` when there is none by that name.
+    """
     configured, where = project()
     if ":" in name:
-        return imported(name, where.parent, Pipeline, "mao.Pipeline")
+        return [imported(name, where.parent, Pipeline, "mao.Pipeline")]
     found = [imported(place, where.parent, Pipeline, "mao.Pipeline") for place in configured.get("pipelines", ())]
-    for pipeline in found:
-        if pipeline.name == name:
-            return pipeline
+    if named := [pipeline for pipeline in found if pipeline.name == name]:
+        return named
     there = f"there is {', '.join(pipeline.name for pipeline in found)}" if found else "none is named"
     fix = 'give module:attribute, or put pipelines = ["module:attribute"] under [tool.dagster-mao] in pyproject.toml'
     raise WiringError(f"No pipeline {name!r} is named; {there}", fix=fix)

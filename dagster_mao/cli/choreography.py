@@ -1,30 +1,35 @@
-"""`submit`: events into a pipeline's inbox."""
+"""`submit`: events into a pipeline's inbox; `choreography`: how its subscribers stand."""
 
 from __future__ import annotations
 
 import csv
+import datetime as dt
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import typer
 from pydantic_core import from_json
+from rich.text import Text
 
 from dagster_mao.cli._app import Database, Json, Root, Storage, app
-from dagster_mao.cli._print import counted, plain, print_json, terminal
-from dagster_mao.cli._where import named_pipeline, store_to_write
+from dagster_mao.cli._print import cell, counted, grid, misused, plain, print_json, terminal
+from dagster_mao.cli._where import named_pipelines, store_to_write
 from dagster_mao.errors import EventsRefusedError, StoreError
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import StateStore
 
+if TYPE_CHECKING:
+    from dagster_mao.choreography import SubscriberState
+
 Format = Literal["jsonl", "csv"]
 _TOGETHER = 500  # events in a commit
-_SHOWN = 20  # refused lines
+_SHOWN = 20  # refused lines, or stuck joins of one subscriber
 _READ = 1 << 20  # bytes at a time
 
 Named = Annotated[str, typer.Argument(metavar="PIPELINE", help="Its name in pyproject.toml, or module:attribute.", show_default=False)]
@@ -58,7 +63,7 @@ def submit_command(
     refused, with the others accepted; exit with 1 then. What is bad in an event shows in the entry's quarantine. An empty cell of a CSV
     file is a field that is left out.
     """
-    own, told = named_pipeline(pipeline), _Told()
+    own, told = _with_entry(named_pipelines(pipeline)), _Told()
     store = store_to_write(root, storage_option, database)
     kind = format_ or ("csv" if file.lower().endswith(".csv") else "jsonl")
     with _opened(file) as stream:
@@ -75,6 +80,10 @@ def submit_command(
     else:
         _print(told)
     raise typer.Exit(1 if told.refused else 0)
+
+
+def _with_entry(pipelines: Sequence[Pipeline]) -> Pipeline:
+    return next((one for one in pipelines if one.entry_name), pipelines[0])
 
 
 def _submit(store: StateStore, pipeline: Pipeline, events: list[tuple[int, Any]], told: _Told) -> None:
@@ -156,3 +165,107 @@ def _print(told: _Told) -> None:
         console.print(f"  line {number}: {plain(why)}", style="red", soft_wrap=True)
     if len(told.refused) > _SHOWN:
         console.print(f"  and {counted(len(told.refused) - _SHOWN, 'line')} more", style="red")
+
+
+# -- how subscribers stand -----------------------------------------------------------------------------------------------------------
+
+
+@app.command("choreography", epilog="Example: dagster-mao choreography credit --redeliver --agent approval")
+def choreography_command(
+    pipeline: Named,
+    redeliver_: Annotated[bool, typer.Option("--redeliver", help="Let what failed be tried again, then show.")] = False,
+    agent: Annotated[
+        list[str] | None, typer.Option("--agent", metavar="NAME", help="Only this subscriber; repeatable.", show_default=False)
+    ] = None,
+    workflow: Annotated[
+        list[str] | None,
+        typer.Option("--workflow", metavar="ID", help="Only these failed workflows are tried again; repeatable.", show_default=False),
+    ] = None,
+    stuck_after: Annotated[float, typer.Option(metavar="SECONDS", help="For so long a join may wait for what is under way.")] = 300.0,
+    json_: Json = False,
+    root: Root = None,
+    storage_option: Storage = None,
+    database: Database = None,
+) -> None:
+    """Show how the subscribers of a pipeline stand: what is due and for how long, joins that are stuck, what failed, who is dead.
+
+    Exits with 1 when a subscriber is dead or a join is stuck.
+    """
+    from dagster_mao.choreography import lag, redeliver, subscribers
+
+    pipelines = named_pipelines(pipeline)
+    store = store_to_write(root, storage_option, database)
+    names = {one.agent for own in pipelines for one in subscribers(own)}
+    there = names | {own.entry_name for own in pipelines if own.inbox is not None}
+    if unknown := sorted(set(agent or ()) - there):
+        misused(f"{pipeline} has no subscriber {unknown[0]!r}; it has {', '.join(sorted(there)) or 'none'}")
+    if workflow and not redeliver_:
+        misused("--workflow goes with --redeliver")
+    again = 0
+    if redeliver_:
+        wanted = ((own, one.agent) for own in pipelines for one in subscribers(own))
+        again = sum(redeliver(store, own, name, workflow) for own, name in wanted if not agent or name in agent)
+    states = [one for own in pipelines for one in lag(store, own, stuck_after=stuck_after) if not agent or one.agent in agent]
+    is_healthy = all(one.is_healthy for one in states)
+    if json_:
+        told = {"pipeline": pipelines[0].name, "is_healthy": is_healthy, "subscribers": [one.as_metadata() for one in states]}
+        print_json(told | ({"redelivered": again} if redeliver_ else {}))
+    else:
+        _print_states(pipelines[0], states, again if redeliver_ else None)
+    raise typer.Exit(0 if is_healthy else 1)
+
+
+def _print_states(pipeline: Pipeline, states: Sequence[SubscriberState], again: int | None) -> None:
+    console = terminal()
+    if again is not None:
+        console.print(f"{counted(again, 'failed delivery').replace('deliverys', 'deliveries')} to be tried again")
+    if not states:
+        console.print(f"Nobody in {plain(pipeline.name)} starts by itself: its mode is {pipeline.mode}.")
+        return
+    table = grid("subscriber", "due", "oldest", "in flight", "joining", "failed", "refused", "looked", numbers=_NUMBERS)
+    for one in states:
+        name = f"{one.agent} (inbox)" if one.agent == pipeline.entry_name else one.agent
+        counts = (one.due, _span(one.oldest), one.in_flight, one.joining, one.failed, one.refused)
+        table.add_row(cell(name), *(_number(count) for count in counts), _looked(one))
+    console.print(table)
+    for one in states:
+        if one.errors:
+            told = ", ".join(f"{count:,} by {name}" for name, count in one.errors.items())
+            console.print(
+                Text(f"\n{one.agent} has given up {one.failed:,}: {told}. --redeliver tries again", style="yellow"), soft_wrap=True
+            )
+        if one.stuck:
+            console.print(Text(f"\n{one.agent}: {counted(len(one.stuck), 'stuck join')}", style="red"))
+            for stuck in one.stuck[:_SHOWN]:
+                since = f"{stuck.since:%Y-%m-%d %H:%M:%S} UTC"
+                missing = ", ".join(stuck.missing)
+                console.print(Text(f"  {plain(stuck.workflow_id)} lacks {missing} since {since}: {plain(stuck.why)}"), soft_wrap=True)
+            if len(one.stuck) > _SHOWN:
+                console.print(Text(f"  and {len(one.stuck) - _SHOWN:,} more; --json has all", style="dim"))
+    if all(one.is_healthy for one in states):
+        console.print(Text("\nNobody is dead, and nothing is stuck.", style="green"))
+
+
+_NUMBERS = ("due", "oldest", "in flight", "joining", "failed", "refused")
+
+
+def _number(count: Any) -> Text:
+    return Text(f"{count:,}" if isinstance(count, int) else count, style="" if count not in (0, "-") else "dim")
+
+
+def _span(seconds: float | None) -> str:
+    """A time that people read at a glance."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _looked(one: SubscriberState) -> Text:
+    if one.beat is None:
+        return Text("never: DEAD" if one.is_dead else "never", style="red" if one.is_dead else "dim")
+    ago = _span(max(0.0, dt.datetime.now(dt.timezone.utc).timestamp() - one.beat.timestamp()))
+    every = "by hand" if one.every is None else f"every {_span(one.every)}"
+    return Text(f"{ago} ago, {every}{': DEAD' if one.is_dead else ''}", style="red" if one.is_dead else "")
