@@ -20,7 +20,7 @@ from tests.shop import SECRET, WAYS, Item, Price, Run, Side, batch, failing, log
 
 ways = pytest.mark.parametrize("way", WAYS)
 ANY = mao.Quarantine(max_share=1)
-QUICK: dict[str, Any] = {"retry_within": 20.0}
+QUICK: dict[str, Any] = {"retry_within": 240.0}
 KEPT = mao.Policy()
 
 

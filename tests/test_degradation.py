@@ -22,7 +22,7 @@ from tests.shop import SECRET, WAYS, Item, Price, Run, Side, batch, failing, log
 
 ways = pytest.mark.parametrize("way", WAYS)
 ANY = mao.Quarantine(max_share=1)
-QUICK: dict[str, Any] = {"retry_within": 20.0}
+QUICK: dict[str, Any] = {"retry_within": 240.0}
 BREAKER = mao.Breaker(fail_max=2, reset_timeout=600)
 
 
@@ -233,7 +233,7 @@ def test_a_fallback_is_held_to_the_contract_as_the_agent_is(local_store: StateSt
 class Clerk(mao.Agent):
     """A fallback with a policy of its own, and another side."""
 
-    policy = mao.Policy(retries=1, retry_within=20.0)
+    policy = mao.Policy(retries=1, retry_within=240.0)
 
     def execute(self, ctx: mao.AgentContext, items: Item, *, desk: Side) -> Price:
         mao.usage(cost=3.0)

@@ -48,7 +48,7 @@ class Plan:
         policy = mao.Policy(
             breaker=mao.Breaker(fail_max=self.fail_max, reset_timeout=600),
             retries=self.retries,
-            retry_within=20,
+            retry_within=240,
             fallback=instead if self.with_fallback or self.mode == "fallback" else None,
             when_open=self.mode,  # type: ignore[arg-type]
         )

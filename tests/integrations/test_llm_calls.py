@@ -89,10 +89,10 @@ def test_an_endpoint_that_asks_to_wait_is_not_asked_before(server, headers):
 @pytest.mark.parametrize("sync", [False, True])
 def test_an_endpoint_that_is_slow_is_waited_for_and_one_that_hangs_is_not(server, sync):
     server.then(slow(0.2, answer(GOOD)))
-    assert run(server, with_policy(mao.Policy(timeout=20), sync=sync))
+    assert run(server, with_policy(mao.Policy(timeout=60), sync=sync))
     server.then(hang)
     with pytest.raises(mao.AgentFailedError) as failed:
-        run(server, with_policy(mao.Policy(timeout=0.3), sync=sync), timeout=5.0)
+        run(server, with_policy(mao.Policy(timeout=3), sync=sync), timeout=60.0)  # time enough to get as far as the server
     assert "CallTimeoutError" in str(failed.value)
     if not sync:
         until(lambda: server.hung_up)  # a coroutine is cancelled, and its request with it
@@ -102,13 +102,13 @@ def test_an_endpoint_that_is_slow_is_waited_for_and_one_that_hangs_is_not(server
 def test_silence_is_ended_by_the_resource_too(server, agent):
     """What is left in a thread after its timeout ends at last."""
     server.then(hang, answer(GOOD))
-    assert run(server, agent, timeout=0.3)
+    assert run(server, agent, timeout=2)
     until(lambda: server.hung_up)
 
 
 def test_a_call_that_hangs_is_tried_again(server):
     server.then(hang, answer(GOOD))
-    assert run(server, with_policy(mao.Policy(timeout=0.5, retries=1)))
+    assert run(server, with_policy(mao.Policy(timeout=3, retries=1)))
     until(lambda: server.hung_up)
 
 

@@ -56,7 +56,7 @@ def test_every_try_is_logged_with_what_it_used(server, tmp_path, agent):
 
 def test_a_try_that_times_out_after_a_malformed_answer_was_paid_too(server, tmp_path):
     server.then(answer(BAD, tokens=(1000, 20)), hang)
-    pipe = pipeline(summary_with(mao.Policy(timeout=1.0)))
+    pipe = pipeline(summary_with(mao.Policy(timeout=5.0)))
     with pytest.raises(mao.AgentFailedError):
         mao.run(pipe, ARTICLES[:1], store=mao.StateStore(tmp_path), resources={"llm": llm_at(server)})
     (only,) = rows(tmp_path)
