@@ -6,6 +6,7 @@ a `Pipeline` wires them, `run` runs one without Dagster. The names of the Dagste
 
 from typing import TYPE_CHECKING, Any
 
+from dagster_mao.advice import Advice, advise
 from dagster_mao.agent import Agent, AgentContext, MicroBatch, Quarantine, Undo, agent
 from dagster_mao.contract import DataFrame, FromFallback, Key, LazyFrame, Personal
 from dagster_mao.errors import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "Advice",
     "Agent",
     "AgentCallError",
     "AgentContext",
@@ -97,6 +99,7 @@ __all__ = [
     "UnknownBreakerError",
     "UnknownVersionError",
     "WiringError",
+    "advise",
     "agent",
     "build_asset",
     "build_definitions",

@@ -18,6 +18,7 @@ from dagster_mao.gateway import Policy, parse_rate
 from dagster_mao.state import CALLS_SUFFIX, DEFERRED_SUFFIX, QUARANTINE_SUFFIX
 
 Mode = Literal["orchestration", "choreography", "hybrid"]
+Need = Literal["audit", "autonomy", "rollback"]
 
 
 class ExternalEntry(Agent):
@@ -78,6 +79,9 @@ class Pipeline:
     `listens` takes the place of the entry where agents of the same pipeline run in another code location: what is sealed there, by agent,
     and the contract that it is expected to keep. With `inbox`, single events that were submitted are cut into workflows of so many.
 
+    `needs` says what `mao.advise` cannot see: "audit" (of who decided, in which order), "autonomy" (agents are operated and changed by
+    themselves), "rollback". It changes nothing else.
+
     Raises WiringError naming agent, field and fix: missing upstream, cycle, duplicate, unreachable agent, contracts that contradict, keys
     that cannot be joined, a read that no parameter declares, side effects in plain choreography, an inbox whose entry sets nothing aside.
     """
@@ -92,6 +96,7 @@ class Pipeline:
         listens: Mapping[str, type[BaseModel] | Contract[Any]] | None = None,
         micro_batch: MicroBatch | None = None,
         inbox: MicroBatch | None = None,
+        needs: Sequence[Need] | Need = (),
         description: str | None = None,
         partitions_def: Any = None,
         owners: Sequence[str] = (),
@@ -104,6 +109,7 @@ class Pipeline:
         self.mode, self.micro_batch, self.inbox = mode, micro_batch or MicroBatch(), inbox
         given = [_instance(a) for a in agents]
         self._listened = {agent: ExternalEntry([name, str(agent)], contract) for agent, contract in (listens or {}).items()}
+        self.needs: tuple[str, ...] = (needs,) if isinstance(needs, str) else tuple(needs)
         self._check_mode(entry)
         entry = _instance(entry) if isinstance(entry, type) else entry
         self._entry = entry if isinstance(entry, Agent) or self._listened else self._external(entry, given)
@@ -188,6 +194,8 @@ class Pipeline:
     def _check_mode(self, entry: Any) -> None:
         if self.mode not in get_args(Mode):
             self._wrong(f"has the mode {self.mode!r}", None, "mode", f"it is one of {', '.join(get_args(Mode))}")
+        if unknown := [one for one in self.needs if one not in get_args(Need)]:
+            self._wrong(f"needs {unknown[0]!r}", None, "needs", f"it may need {', '.join(get_args(Need))}")
         if self._listened and self.mode == "orchestration":
             self._wrong("listens to other code locations, which orchestration cannot", None, "listens", 'mode="choreography" or "hybrid"')
         if self._listened and entry is not None:

@@ -187,4 +187,16 @@ def test_nobody_starts_by_himself_in_orchestration(store: StateStore) -> None:
     assert "--workflow goes with --redeliver" in call("choreography", "loans", "--workflow", "loans/w1", code=2).output
 
 
+# -- which pattern -------------------------------------------------------------------------------------------------------------------
+
+
+def test_which_pattern_suits_is_told_with_the_reasons(store: StateStore) -> None:
+    told = call("advise", "loans", code=1).output
+    assert "loans: orchestration, it is declared as choreography" in told
+    assert "  4 agents have 3 of 6 possible connections" in told
+    assert '  mode="orchestration" on the pipeline: it is choreography' in told
+    (advice,) = json.loads(call("advise", "tests.test_cli_choreography:ORCHESTRATED", "--json").stdout)
+    assert (advice["pattern"], advice["declared"], advice["possible"]) == ("orchestration", "orchestration", 6)
+
+
 WITHOUT, ORCHESTRATED, ELSEWHERE = loans(), loans("orchestration"), elsewhere()

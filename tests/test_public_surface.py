@@ -9,6 +9,7 @@ import dagster_mao as mao
 from dagster_mao import errors
 
 EAGER = {
+    "Advice",
     "Agent",
     "AgentContext",
     "Breaker",
@@ -32,6 +33,7 @@ EAGER = {
     "StateStore",
     "TransientError",
     "Undo",
+    "advise",
     "agent",
     "resubmit",
     "run",

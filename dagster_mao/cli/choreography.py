@@ -1,4 +1,4 @@
-"""`submit`: events into a pipeline's inbox; `choreography`: how its subscribers stand."""
+"""`submit`: events into a pipeline's inbox; `choreography`: how its subscribers stand; `advise`: which pattern suits it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import typer
 from pydantic_core import from_json
 from rich.text import Text
 
+from dagster_mao.advice import Advice, advise
 from dagster_mao.cli._app import Database, Json, Root, Storage, app
 from dagster_mao.cli._print import cell, counted, grid, misused, plain, print_json, terminal
 from dagster_mao.cli._where import named_pipelines, store_to_write
@@ -269,3 +270,33 @@ def _looked(one: SubscriberState) -> Text:
     ago = _span(max(0.0, dt.datetime.now(dt.timezone.utc).timestamp() - one.beat.timestamp()))
     every = "by hand" if one.every is None else f"every {_span(one.every)}"
     return Text(f"{ago} ago, {every}{': DEAD' if one.is_dead else ''}", style="red" if one.is_dead else "")
+
+
+# -- which pattern -------------------------------------------------------------------------------------------------------------------
+
+
+@app.command("advise", epilog="Example: dagster-mao advise credit")
+def advise_command(pipeline: Named, json_: Json = False) -> None:
+    """Say whether orchestration, choreography or hybrid suits a pipeline, why, and what it lacks for it. Reads its code, no state.
+
+    Exits with 1 when it is declared as something else.
+    """
+    found = [advise(own) for own in named_pipelines(pipeline)]
+    if json_:
+        print_json([one.as_json() for one in found])
+    else:
+        for one in found:
+            _print_advice(one)
+    raise typer.Exit(0 if all(one.pattern == one.declared for one in found) else 1)
+
+
+def _print_advice(advice: Advice) -> None:
+    console, fits = terminal(), advice.pattern == advice.declared
+    said = "as it is declared" if fits else f"it is declared as {advice.declared}"
+    console.print(Text.assemble(f"{advice.pipeline}: ", (advice.pattern, "green" if fits else "yellow"), f", {said}"), soft_wrap=True)
+    for reason in advice.reasons:
+        console.print(Text(f"  {plain(reason)}"), soft_wrap=True)
+    if advice.missing:
+        console.print("missing for it:")
+    for one in advice.missing:
+        console.print(Text(f"  {plain(one)}"), soft_wrap=True)
