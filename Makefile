@@ -5,7 +5,7 @@ BIN := .venv/bin
 TESTS := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test long check race bench clean
+.PHONY: help demo ui test long check race bench chaos clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -34,6 +34,9 @@ race: .venv/.installed ## the cached-score race: about 20 % wrong risk ratings w
 
 bench: .venv/.installed ## what a boundary costs: five agents at 1 to 1 000 000 records against plain Parquet
 	@$(BIN)/python benchmarks/boundary.py $(ARGS)
+
+chaos: .venv/.installed ## kill steps, runs, compensators and ticks of 300 workflows, then ask the banks (ARGS="--workflows 30" for fewer)
+	@$(BIN)/python -m tools.chaos $(ARGS)
 
 clean: ## remove the demo's state and history (the installation stays)
 	rm -rf .mao

@@ -1,0 +1,38 @@
+"""A few workflows of `make chaos`: real runs in processes that are killed and stopped, and banks that are asked afterwards."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.chaos.harness import Chaos
+from tools.chaos.project import store
+from tools.chaos.script import Point, Script
+from tools.chaos.tally import Tally
+
+
+def met(folder: Path, *scripts: Script, **options: object) -> Tally:
+    Chaos(folder, seed=1, kill_ticks=0, **options).run(scripts)  # type: ignore[arg-type]
+    return Tally.of(folder, store(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # on a busy machine processes take their time
+def test_nothing_is_doubled_or_missing_whatever_dies(tmp_path):
+    tally = met(
+        tmp_path,
+        Script("", runs=[Point("effect", "after", 6)]),
+        Script("", runs=[Point("effect", "before", 10, "stop")]),
+        Script("", fails="audit", again=True),
+    )
+    assert (tally.workflows, tally.incomplete) == (3, 0)
+    assert tally.compensated >= 3
+    assert (tally.doubles, tally.missing) == (0, 0), tally.wrong
+
+
+@pytest.mark.slow
+def test_undoing_in_the_hook_from_memory_leaves_what_a_killed_run_did(tmp_path):
+    """The naive version: right where an agent fails, wrong where a process does."""
+    scripts = [Script("", fails="audit"), Script("", runs=[Point("effect", "after", 2)])]
+    tally = met(tmp_path, *scripts, ticks=False, project="tests.dagster.naive_chaos")
+    assert [line.partition(":")[0] for line in tally.wrong] == ["chaos/w0001"] * 2
+    assert tally.missing == 2

@@ -1,0 +1,79 @@
+"""Ends the process it is in, by SIGKILL or SIGSTOP, where a script says so. The library knows nothing of it: it is wrapped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from dagster_mao.gateway._shared import SharedStore
+from dagster_mao.state.log import StateLog
+from resources.core_bank import CoreBank
+from tools.chaos.script import Point
+
+
+def arm(point: Point, told: Path) -> None:
+    """From now on this process ends at that point. It writes into `told` that it has come to it."""
+    end = _end(point, told)
+    if point.where == "anywhere":
+        timer = threading.Timer(point.n / 1000, end)
+        timer.daemon = True
+        timer.start()
+        return
+    count = _Countdown(point, end)
+    if point.where == "journal":
+        SharedStore.transaction = _around(SharedStore.transaction, count)  # type: ignore[method-assign]
+    elif point.where == "seal":
+        StateLog.append = _wrapped(StateLog.append, count)  # type: ignore[method-assign]
+    elif point.where == "effect":
+        CoreBank.post = _wrapped(CoreBank.post, count)  # type: ignore[method-assign]
+    else:
+        CoreBank.cancel = _wrapped(CoreBank.cancel, count)  # type: ignore[method-assign]
+
+
+def _end(point: Point, told: Path) -> Callable[[], None]:
+    def end() -> None:
+        told.write_text(str(point))
+        os.kill(os.getpid(), signal.SIGSTOP if point.how == "stop" else signal.SIGKILL)
+
+    return end
+
+
+class _Countdown:
+    def __init__(self, point: Point, end: Callable[[], None]) -> None:
+        self._point, self._end, self._lock = point, end, threading.Lock()
+        self._left = point.n
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        with self._lock:
+            self._left -= 1
+            is_it = self._left == 0
+        if is_it and self._point.when == "before":
+            self._end()
+        yield
+        if is_it and self._point.when == "after":
+            self._end()
+
+
+def _wrapped(function: Callable[..., Any], count: _Countdown) -> Any:
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with count.around():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _around(transaction: Callable[..., Any], count: _Countdown) -> Any:
+    @contextmanager
+    def wrapped(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with count.around(), transaction(*args, **kwargs) as connection:
+            yield connection
+
+    return wrapped
