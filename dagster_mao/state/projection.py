@@ -36,6 +36,9 @@ _PROPERTIES = {
     "delta.enableExpiredLogCleanup": "true",
 }
 
+# What a handle gets that is older than the clean-up of commits: it was opened before the agent ran, for longer than they are kept.
+_OUTDATED = (DeltaError, FileNotFoundError)
+
 logger = logging.getLogger("dagster_mao.state")
 
 
@@ -81,7 +84,10 @@ class Projection:
     def _try_add(self, seals: Sequence[Seal], schema: pl.Schema) -> bool:
         table, self._table = self._table or self.open() or self._create(schema), None
         workflow = seals[-1].workflow_id
-        done = table.transaction_version(workflow)
+        try:
+            done = table.transaction_version(workflow)
+        except _OUTDATED:
+            return False
         missing = [(seal, file) for seal in seals if done is None or seal.version > done for file in seal.files if file.table == self.path]
         if not missing:
             return True
@@ -98,7 +104,7 @@ class Projection:
                         app_transactions=[Transaction(workflow, missing[-1][0].version)], max_commit_retries=1000
                     ),
                 )
-            except (DeltaError, FileNotFoundError):  # lost, or the handle is older than the clean-up: look again
+            except _OUTDATED:  # or lost
                 return False
             self._objects.sync_commits(self.path, before)
         return True

@@ -122,6 +122,28 @@ def test_a_commit_that_is_cleaned_away_at_once_is_no_error(local_store: StateSto
     assert len(local_store.workflows()) == 22
 
 
+def test_whoever_was_stopped_longer_than_commits_are_kept_joins_and_seals_all_the_same(
+    local_store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handle that was opened before reads commits which are not there any more."""
+    entry = seal(local_store, join(local_store, "run-1"), "applications")
+    attempt = join(local_store, "run-1")
+    old = local_store._log.open()
+    for n in range(22):
+        for commit in (local_store.objects.local / "state_log" / "_delta_log").glob("*.json"):
+            os.utime(commit, (0, 0))
+        seal(local_store, join(local_store, f"other-{n}", key=f"day-{n}"), "applications")
+    with pytest.raises(DeltaError, match="not found"):
+        old.transaction_version("credit/day")
+    assert seal(local_store, attempt, "score", parents=[entry]).version == 1
+    opened = StateLog.open
+    handles = [old]
+    monkeypatch.setattr(StateLog, "open", lambda log: handles.pop() if handles else opened(log))
+    joined = join(local_store, "run-1")
+    assert not handles
+    assert joined.pin("applications").version == 0
+
+
 def test_the_log_keeps_itself_small(local_store: StateStore) -> None:
     for n in range(45):
         seal(local_store, join(local_store, f"run-{n}", key=f"day-{n}"), "applications")

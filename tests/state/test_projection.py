@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import polars as pl
 import pytest
@@ -65,6 +66,26 @@ def test_every_version_stays_in_the_table_when_its_commits_are_dropped(local_sto
         seal(local_store, join(local_store, f"run-{n}", key=f"day-{n}"), "applications", float(n))
     assert len(list((local_store.objects.local / sealed[0].table / "_delta_log").glob("*.json"))) < 12
     assert pl.scan_delta(sealed[0].uri).collect()["points"].sort().to_list() == [float(n) for n in range(12)]
+
+
+def test_an_agent_that_runs_longer_than_commits_are_kept_seals_and_is_in_the_table(
+    local_store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its table was opened before it ran; what others sealed meanwhile had the commits dropped that the handle would read."""
+    seal(local_store, join(local_store, "run-0", key="day-0"), "applications", 0.0)
+    slow, admit = join(local_store, "slow"), Projection.admit
+
+    def admitted(projection: Projection, *given: Any) -> None:
+        admit(projection, *given)
+        monkeypatch.setattr(Projection, "admit", admit)
+        for n in range(1, 12):
+            for commit in (local_store.objects.local / projection.path / "_delta_log").glob("*.json"):
+                os.utime(commit, (0, 0))
+            seal(local_store, join(local_store, f"run-{n}", key=f"day-{n}"), "applications", float(n))
+
+    monkeypatch.setattr(Projection, "admit", admitted)
+    sealed = seal(local_store, slow, "applications", 12.0)
+    assert pl.scan_delta(sealed.uri).collect()["points"].sort().to_list() == [float(n) for n in range(13)]
 
 
 def test_an_empty_batch_is_a_version_with_no_rows(store: StateStore) -> None:
