@@ -113,7 +113,7 @@ class Page:
             rows = zip(items, of, states, results, deadlines, agains or [0] * len(items), strict=True)
             entries = [Entry(item, slots[slot], state, result, deadline, again) for item, slot, state, result, deadline, again in rows]
         cover = [Slot(*slot) for slot in told.get("cover", ())]
-        return cls(segments, cover, entries, told.get("closed", ()), told.get("saga", 0))
+        return cls(segments, cover, entries, told.get("closed", []), told.get("saga", 0))
 
 
 class Outstanding(NamedTuple):

@@ -61,7 +61,7 @@ class Needed:
                 (self._calls if key in calls else self._keys)[key] = (step, place)
 
     def adopt(self, effects: Iterable[Outstanding]) -> tuple[list[Outstanding], list[tuple[int, Page]]]:
-        """What nobody else needs, and, by step, the pages by which the others take over what they need."""
+        """Of effects, newest first: what nobody else needs, and, by step, the pages by which the others take over what they need."""
         from dagster_mao.journal._pages import Entry, Page, Segment, Slot
 
         left: list[Outstanding] = []
@@ -82,7 +82,7 @@ class Needed:
             else:
                 left.append(effect)
         pages = [
-            (step, Page(segments.get(step, ()), (), of_step, [segment.first for segment in segments.get(step, ())]))
+            (step, Page(segments.get(step, ()), (), of_step[::-1], [segment.first for segment in segments.get(step, ())]))
             for step, of_step in entries.items()
         ]
         return left, pages

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from dagster_mao.errors import MaoError
+from dagster_mao.errors import MaoError, StoreError
 from dagster_mao.gateway import shared_store
 from dagster_mao.saga._order import Superseded
 from dagster_mao.saga._saga import Left, UndoneState, sagas_of
@@ -82,7 +84,7 @@ def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
     held = set[tuple[str, str]]()
     for row in journal.unfinished(pipeline):
         if row.state == "requested" and is_completed(store.seals(row.workflow_id), row.attempt):
-            journal.withdraw(row)
+            _noted(partial(journal.withdraw, row))
             continue
         held.add((row.workflow_id, row.attempt))
         found.append(_of_saga(row, journal.steps(row.workflow_id, row.attempt), journal))
@@ -119,8 +121,16 @@ def _superseded(store: StateStore, journal: Sagas, workflow_id: str, steps: list
         waits = True
         found.append(_unfinished([step for step in steps if step.attempt == attempt], journal, "attempt", 0, None))
     if not found and not waits:
-        journal.settle(workflow_id, [step.id for step in steps])
+        _noted(partial(journal.settle, workflow_id, [step.id for step in steps]))
     return found
+
+
+def _noted(write: Callable[[], None]) -> None:
+    """Notes what need not be looked at again. Where the database takes no writes now, it is looked at again."""
+    try:
+        write()
+    except StoreError as error:
+        _LOG.debug("what is settled could not be marked: %s", error)
 
 
 def request(store: StateStore, pipeline: str, workflow_id: str | None, attempt: str, *, run_id: str | None, why: str) -> int:

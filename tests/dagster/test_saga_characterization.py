@@ -157,7 +157,7 @@ def test_a_run_is_marked_as_failed_from_outside_and_then_retried_like_any_other(
         assert record.dagster_run.tags["dagster/will_retry"] == "true"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_left_of_killed_steps_runs_and_code_servers(tmp_path):
     """No hook is called for any of them. A killed step fails, and its siblings go on; a killed run fails while its code server lives.
 

@@ -5,7 +5,6 @@ Points lie before and after each commit to the database, each seal, each effect 
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,10 @@ from tests.journal.killing import killed_at
 from tests.journal.world import DAY, EFFECTS, PIPELINE, Act, World, act_of, expected
 
 AMOUNTS = {"A1": 100, "A2": 200}
-STRIDE = int(os.environ.get("KILL_STRIDE", "4"))  # 1: at all points
+strides = pytest.mark.parametrize("stride", [pytest.param(13, id="some"), pytest.param(1, id="all", marks=pytest.mark.long)])
+"""Every how manyth point a process is killed at."""
+
+on_sqlite = pytest.mark.parametrize("fresh", ["sqlite"], indirect=True)
 
 Fresh = Callable[[], World]
 
@@ -60,11 +62,11 @@ def compensate(world: World, attempt: str, owner: str = "run") -> str:
     return Saga(world.store, PIPELINE, DAY, attempt, resources={"bank": world.bank}, owner=owner).run().state
 
 
-def every_point(fresh: Fresh, attempt: Callable[..., None], check: Callable[[World], None], first: int = 0) -> int:
+def every_point(fresh: Fresh, attempt: Callable[..., None], check: Callable[[World], None], stride: int = 1) -> int:
     """Kills the attempt at one point after the other, until it comes to none any more; how often."""
     for kills in range(1000):
         world = fresh()
-        if not killed_at(first + kills * STRIDE, attempt, world, "one"):
+        if not killed_at(kills * stride, attempt, world, "one"):
             return kills
         check(world)
     raise AssertionError("there is no end of points")
@@ -88,8 +90,9 @@ def nets_to_zero(world: World) -> None:
     assert len(world.bank.asked("do")) - before == len(expected(AMOUNTS)), "nothing is asked for twice"
 
 
-def test_an_attempt_that_is_killed_at_any_point_nets_to_zero(fresh: Fresh) -> None:
-    assert every_point(fresh, run, nets_to_zero) > 40 / STRIDE
+@strides
+def test_an_attempt_that_is_killed_at_any_point_nets_to_zero(fresh: Fresh, stride: int) -> None:
+    assert every_point(fresh, run, nets_to_zero, stride) > 40 / stride
 
 
 def after_effect(act: Act) -> Act:
@@ -121,9 +124,10 @@ def run_naively(world: World, attempt: str) -> None:
     run(world, attempt, after_effect)
 
 
+@on_sqlite
 def test_an_intent_after_the_effect_misses_effects(fresh: Fresh) -> None:
     with pytest.raises(AssertionError, match="all of it is undone"):
-        every_point(fresh, run_naively, nets_to_zero)
+        every_point(fresh, run_naively, nets_to_zero, 4)
 
 
 def in_memory(world: World, attempt: str) -> None:
@@ -161,12 +165,14 @@ def stands_after_death(world: World) -> None:
     assert world.store.effective(DAY) or world.bank.standing() == {}, "all of it is undone"
 
 
+@on_sqlite
 def test_a_journal_in_memory_is_lost(fresh: Fresh) -> None:
     with pytest.raises(AssertionError, match="all of it is undone"):
-        every_point(fresh, in_memory, stands_after_death)
+        every_point(fresh, in_memory, stands_after_death, 4)
 
 
-def test_a_compensator_that_is_killed_at_any_point_is_followed_by_another(fresh: Fresh) -> None:
+@strides
+def test_a_compensator_that_is_killed_at_any_point_is_followed_by_another(fresh: Fresh, stride: int) -> None:
     def failed() -> World:
         world = fresh()
 
@@ -184,7 +190,7 @@ def test_a_compensator_that_is_killed_at_any_point_is_followed_by_another(fresh:
 
     for kills in range(1000):
         world = failed()
-        if not killed_at(kills * STRIDE, compensate, world, "one"):
+        if not killed_at(kills * stride, compensate, world, "one"):
             break
         told = unfinished(world.store, "loans")
         assert [(one.kind, one.state) for one in told] in ([("attempt", None)], [("attempt", "running")], []), told
@@ -196,4 +202,4 @@ def test_a_compensator_that_is_killed_at_any_point_is_followed_by_another(fresh:
         assert set(asked) == set(world.bank.asked("do")), "none is skipped"
         run(world, "two")
         assert world.bank.standing() == expected(AMOUNTS)
-    assert kills > 20 / STRIDE
+    assert kills > 20 / stride

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dagster_mao.errors import FencedError
-from dagster_mao.saga import Saga, unfinished
+from dagster_mao.saga import Saga, request, sagas, unfinished
 from dagster_mao.state.verify import verify
 from tests.journal.world import DAY, PIPELINE, World, act_of, expected
 
@@ -72,3 +72,23 @@ def test_a_completed_attempt_is_not_compensated(world: World) -> None:
     assert saga(world, "one").run().state == "void"
     assert world.bank.standing() == expected(AMOUNTS)
     assert len(world.store.seals(DAY)) == 4
+
+
+def test_what_was_asked_for_fences_nothing_and_is_void_when_the_attempt_completes_after_all(world: World) -> None:
+    """The failure hook asks while siblings run and the run may still be retried: retries come first."""
+    fail_at(world, "one", "A3")
+    assert request(world.store, "loans", None, "one", run_id="run", why="ValueError") == 1
+    assert [(one.state, one.why, one.runs) for one in unfinished(world.store, "loans")] == [("requested", "ValueError", ("one",))]
+    world.step("one", "approval", run="retry")
+    assert world.bank.standing() == expected(AMOUNTS)
+    assert unfinished(world.store, "loans") == []
+    assert [one.state for one in sagas(world.store, "loans")] == ["void"]
+    assert world.bank.asked("cancel") == []
+    assert request(world.store, "loans", None, "one", run_id="run", why="ValueError") == 0
+
+
+def test_a_compensated_attempt_is_asked_for_in_vain(world: World) -> None:
+    fail_at(world, "one", "A3")
+    saga(world, "one").run()
+    assert request(world.store, "loans", DAY, "one", run_id="run", why="ValueError") == 0
+    assert unfinished(world.store, "loans") == []

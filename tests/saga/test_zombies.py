@@ -86,7 +86,15 @@ def stopped(world: World, tmp_path: Path, where: str, *, seconds: float | None =
     return process, gate
 
 
-@pytest.mark.parametrize("where", ["before", "after", "between", "checked"])
+WHERE = ("before", "after", "between", "checked")
+PLACES = [
+    *(("sqlite", where) for where in WHERE),
+    *(pytest.param("postgres", where, marks=pytest.mark.long) for where in WHERE[:-1]),
+    ("postgres", "checked"),
+]
+
+
+@pytest.mark.parametrize(("shared", "where"), PLACES, indirect=["shared"])
 def test_a_zombie_step_seals_nothing_and_what_it_does_late_is_undone_again(world: World, tmp_path: Path, where: str) -> None:
     process, gate = stopped(world, tmp_path, where)
     assert saga(world).run().state == "compensated"
