@@ -15,24 +15,27 @@ def met(folder: Path, *scripts: Script, **options: object) -> Tally:
     return Tally.of(folder, store(folder))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)  # on a busy machine processes take their time
 def test_nothing_is_doubled_or_missing_whatever_dies(tmp_path):
     tally = met(
         tmp_path,
-        Script("", runs=[Point("effect", "after", 6)]),
-        Script("", runs=[Point("effect", "before", 10, "stop")]),
-        Script("", fails="audit", again=True),
+        Script(runs=[Point("effect", "after", 6)]),
+        Script(runs=[Point("effect", "before", 2, "stop")]),
+        Script(fails="offer", compensations=[Point("undo", "before", 3)]),
     )
-    assert (tally.workflows, tally.incomplete) == (3, 0)
-    assert tally.compensated >= 3
+    assert tally.unreached == []
+    assert tally.kills == {"run": 1, "zombie run": 1, "compensator": 1}
+    assert (tally.workflows, tally.completed, tally.incomplete) == (3, 0, 0)
+    assert tally.compensated == 3
     assert (tally.doubles, tally.missing) == (0, 0), tally.wrong
 
 
-@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_undoing_in_the_hook_from_memory_leaves_what_a_killed_run_did(tmp_path):
     """The naive version: right where an agent fails, wrong where a process does."""
-    scripts = [Script("", fails="audit"), Script("", runs=[Point("effect", "after", 2)])]
+    scripts = [Script(fails="audit"), Script(runs=[Point("effect", "after", 2)])]
     tally = met(tmp_path, *scripts, ticks=False, project="tests.dagster.naive_chaos")
+    assert tally.kills == {"run": 1}
     assert [line.partition(":")[0] for line in tally.wrong] == ["chaos/w0001"] * 2
     assert tally.missing == 2
+    assert not tally.good

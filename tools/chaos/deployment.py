@@ -73,7 +73,8 @@ class Deployment:
 
     def ended(self, name: str, patience: float = 120) -> dg.DagsterRun:
         """The same, once it has ended."""
-        return until(lambda: run if (run := self.run(name)).is_finished else None, f"the end of {name}", patience)
+        until(lambda: self.run(name).is_finished, f"the end of {name}", patience)
+        return self.run(name)
 
     def pid(self, name: str) -> int:
         """Of the process that executes a run."""
@@ -83,7 +84,7 @@ class Deployment:
         def found() -> str | None:
             return next((m[1] for one in self.instance.all_logs(run.run_id) if (m := told.search(one.user_message or one.message))), None)
 
-        return int(until(found, f"the process of {name}"))
+        return int(until(found, f"the process of {name}") or 0)
 
     def servers(self) -> list[int]:
         """The code servers that the daemon started."""

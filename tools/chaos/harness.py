@@ -6,64 +6,84 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 
+from dagster_mao.errors import StoreError
 from tools.chaos import processes
-from tools.chaos.processes import COMPENSATION
+from tools.chaos.processes import COMPENSATION, Task
 from tools.chaos.script import Point, Script
 
 _ACTIVE = 12  # workflows on their way at a time
 _TICK = 1.0  # seconds between ticks of the sensor; the daemon's are 5 apart
+_TICKS_LIVE = 60_000  # milliseconds within which a ticking process is killed, if it is
 _ZOMBIES_SLEEP = 6.0  # seconds at least
+_COMPENSATORS_SLEEP = 20.0  # longer than their lease
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    tasks: Connection
+    task: Task | None = None
+    is_zombie: bool = False
+
+    def sleep(self, seconds: float) -> None:
+        """Wakes the stopped process later, whatever this one does then: it may wait for a lock that the other holds."""
+
+        def wake() -> None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid or 0, signal.SIGCONT)
+
+        self.is_zombie = True
+        timer = threading.Timer(seconds, wake)
+        timer.daemon = True
+        timer.start()
 
 
 @dataclass
 class _Workflow:
     script: Script
-    process: BaseProcess | None = None
-    run_id: str = ""
-    point: Point | None = None
-    zombie: BaseProcess | None = None
-    wakes: float = 0.0
     runs: int = 0
+    compensations: int = 0
 
 
 @dataclass
 class Chaos:
-    """`folder` holds everything: scripts, state, journal, banks, Dagster's home, logs. `processes` at a time.
+    """`folder` holds everything: scripts, state, journal, banks, Dagster's home, logs. `processes` work at a time.
 
     `project` is the code location; without `ticks` nobody looks for what is to be compensated.
     """
 
     folder: Path
     seed: int = 0
-    processes: int = 3
-    kill_ticks: float = 0.1
+    processes: int = 2
+    kill_ticks: float = 0.5
     ticks: bool = True
     project: str = "tools.chaos.project"
     tell: Callable[[str], None] = print
     _active: dict[str, _Workflow] = field(default_factory=dict)
-    _compensations: dict[str, tuple[BaseProcess, str]] = field(default_factory=dict)
+    _workers: list[_Worker] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("scripts", "ended", "logs", "home"):
+        for name in ("scripts", "ended", "killed", "logs", "home"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "home" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
         self._choose = random.Random(self.seed)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([self.project, "tools.chaos.processes"])
+        self._context.set_forkserver_preload([self.project, "tools.chaos.processes", "tools.chaos.preloaded"])
         self.instance = dg.DagsterInstance.from_config(str(self.folder / "home"))
         self._ticking: BaseProcess | None = None
-        self._ticked = self._looked = 0.0
+        self._looked = self._asked_at = 0.0
         self._launched = set[str]()
 
     def run(self, scripts: Iterable[Script]) -> None:
@@ -73,123 +93,175 @@ class Chaos:
         waiting, done = list(scripts), 0
         for number, script in enumerate(waiting):
             script.workflow = f"w{number:04}"
+            script.write(self.folder)
         self.instance.add_dynamic_partitions(str(workflows.name), [script.workflow for script in waiting])
         total, waiting = len(waiting), waiting[::-1]
         self._store = store(self.folder)
-        while waiting or self._active:
-            while waiting and len(self._active) < _ACTIVE and self._has_room():
-                script = waiting.pop()
-                self._active[script.workflow] = workflow = _Workflow(script)
-                self._start(workflow)
-            self._tick()
-            self._launch()
-            self._bury()
-            for workflow in list(self._active.values()):
-                self._attend(workflow)
-            for workflow in self._settled():
-                if workflow.script.again and workflow.runs == 1:
-                    workflow.script.amount += 1
+        try:
+            while waiting or self._active:
+                self._keep_ticking()
+                self._launch()
+                while waiting and len(self._active) < _ACTIVE and self._is_idle():
+                    script = waiting.pop()
+                    self._active[script.workflow] = workflow = _Workflow(script)
                     self._start(workflow)
-                else:
-                    del self._active[workflow.script.workflow]
-                    done += 1
-                    if done % 20 == 0 or not (waiting or self._active):
-                        self.tell(f"{done} of {total} workflows")
-            time.sleep(0.05)
-        while self._ticking is not None and self._ticking.is_alive():
-            time.sleep(0.05)
+                self._attend()
+                for workflow in self._settled():
+                    if workflow.script.again and workflow.runs == 1:
+                        workflow.script.amount += 1
+                        self._start(workflow)
+                    else:
+                        del self._active[workflow.script.workflow]
+                        done += 1
+                        if done % 20 == 0 or done == total:
+                            self.tell(f"{done} of {total} workflows")
+                time.sleep(0.05)
+        finally:
+            self._close()
 
     # -- runs ------------------------------------------------------------------------------------------------------------------------
 
     def _start(self, workflow: _Workflow) -> None:
         script = workflow.script
-        workflow.point = script.runs[workflow.runs] if workflow.runs < len(script.runs) else None
-        workflow.runs += 1
-        workflow.run_id = str(uuid.uuid4())
-        script.first_attempt = script.first_attempt or workflow.run_id
+        point = script.runs[workflow.runs] if workflow.runs < len(script.runs) else None
+        run_id = str(uuid.uuid4())
+        script.first_attempt = script.first_attempt or run_id
         script.write(self.folder)
-        workflow.process = self._process("run_workflow", script.workflow, workflow.run_id, workflow.point)
+        self._hand(Task(f"{script.workflow}.run{workflow.runs}", run_id, script.workflow, point))
+        workflow.runs += 1
 
-    def _attend(self, workflow: _Workflow) -> None:
+    def _launch(self) -> None:
+        """Compensations that the sensor asked for go before new workflows."""
+        for run in self._asked():
+            if not self._is_idle():
+                return
+            workflow = self._active.get(run.tags["mao/workflow"].partition("/")[2])
+            points, number = (workflow.script.compensations, workflow.compensations) if workflow else ([], 0)
+            name = f"{workflow.script.workflow}.compensation{number}" if workflow else run.run_id
+            self._launched.add(run.run_id)
+            self._hand(Task(name, run.run_id, None, points[number] if number < len(points) else None))
+            if workflow:
+                workflow.compensations += 1
+
+    def _asked(self) -> list[dg.DagsterRun]:
+        if time.monotonic() - self._asked_at < 0.5:
+            return []
+        self._asked_at = time.monotonic()
+        wanted = dg.RunsFilter(job_name=COMPENSATION, statuses=[dg.DagsterRunStatus.NOT_STARTED])
+        return [run for run in self.instance.get_runs(wanted)[::-1] if run.run_id not in self._launched]
+
+    # -- workers ---------------------------------------------------------------------------------------------------------------------
+
+    def _is_idle(self) -> bool:
+        working = sum(worker.task is not None and not worker.is_zombie for worker in self._workers)
+        return working < self.processes
+
+    def _hand(self, task: Task) -> None:
+        worker = next((one for one in self._workers if one.task is None), None) or self._worker()
+        worker.task = task
+        worker.tasks.send(task)
+
+    def _worker(self) -> _Worker:
+        here, there = self._context.Pipe()
+        worker = _Worker(self._process("work", there), here)
+        there.close()
+        self._workers.append(worker)
+        return worker
+
+    def _attend(self) -> None:
         """What a code server does when a run's process dies; of one that only stopped, what a person does who has lost patience."""
-        process = workflow.process
-        if process is not None and not process.is_alive():
-            workflow.process = None
-            if process.exitcode == -signal.SIGKILL and self._choose.random() < 0.5:
-                self._given_up(workflow.run_id)  # else nobody saw it
-        elif process is not None and workflow.point is not None and workflow.point.how == "stop" and self._has_ended(workflow.run_id):
-            workflow.process, workflow.zombie = None, process
-            workflow.wakes = time.monotonic() + _ZOMBIES_SLEEP + self._choose.random() * 6
-            self._given_up(workflow.run_id)
-        if workflow.zombie is not None:
-            if time.monotonic() > workflow.wakes:
-                with suppress(ProcessLookupError):
-                    os.kill(workflow.zombie.pid or 0, signal.SIGCONT)
-            if not workflow.zombie.is_alive():
-                workflow.zombie = None
+        for worker in list(self._workers):
+            task = worker.task
+            if not worker.process.is_alive():
+                self._workers.remove(worker)
+                assert task is not None
+                assert worker.process.exitcode == -signal.SIGKILL, f"{task}: its process ended by itself"
+                self._confirm(task.name, "run" if task.workflow else "compensator", task.point)
+                if self._choose.random() < 0.5:
+                    self._given_up(task.run_id)  # else nobody saw it
+            elif task is not None and worker.tasks.poll():
+                self._done(worker)
+            elif task is not None and not worker.is_zombie and self._has_stopped(worker):
+                self._confirm(task.name, "zombie run" if task.workflow else "zombie compensator", task.point)
+                least = _ZOMBIES_SLEEP if task.workflow else _COMPENSATORS_SLEEP
+                worker.sleep(least + self._choose.random() * 6)
+                self._given_up(task.run_id)
 
-    def _has_ended(self, run_id: str) -> bool:
-        return (self.folder / "ended" / run_id).exists()
+    def _done(self, worker: _Worker) -> None:
+        try:
+            worker.tasks.recv()
+        except EOFError:
+            worker.process.join()  # it has died this very moment
+            return
+        worker.task = None
+        if worker.is_zombie:
+            worker.tasks.close()
+            self._workers.remove(worker)
+
+    def _has_stopped(self, worker: _Worker) -> bool:
+        assert worker.task is not None
+        if not (self.folder / "ended" / worker.task.name).exists():
+            return False
+        with suppress(OSError):
+            return Path(f"/proc/{worker.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return False
+
+    def _confirm(self, name: str, kind: str, point: Point | None) -> None:
+        (self.folder / "killed" / name).write_text(f"{kind}: {point}")
 
     def _given_up(self, run_id: str) -> None:
         run = self.instance.get_run_by_id(run_id)
         if run is not None and not run.is_finished:
             self.instance.report_run_failed(run, "its process is gone")
 
-    # -- compensations ---------------------------------------------------------------------------------------------------------------
+    # -- the daemon ------------------------------------------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
+    def _keep_ticking(self) -> None:
+        """Starts what ticks the sensor, again when it was killed."""
         if not self.ticks or (self._ticking is not None and self._ticking.is_alive()):
             return
-        if time.monotonic() - self._ticked > _TICK:
-            self._ticked = time.monotonic()
-            killed = self._choose.random() < self.kill_ticks
-            self._ticking = self._process("tick", Point("anywhere", "after", self._choose.randrange(400)) if killed else None)
-
-    def _launch(self) -> None:
-        for run in self._asked():
-            if not self._has_room(1):
-                return
-            workflow = self._active.get(run.tags["mao/workflow"].partition("/")[2])
-            points = workflow.script.compensations if workflow else []
-            point = points.pop(0) if points else None
-            self._compensations[run.run_id] = self._process("compensate", run.run_id, point), run.tags["mao/workflow"]
-            self._launched.add(run.run_id)
-
-    def _asked(self) -> list[dg.DagsterRun]:
-        wanted = dg.RunsFilter(job_name=COMPENSATION, statuses=[dg.DagsterRunStatus.NOT_STARTED])
-        return [run for run in self.instance.get_runs(wanted) if run.run_id not in self._launched]
-
-    def _bury(self) -> None:
-        for run_id, (process, _) in list(self._compensations.items()):
-            if not process.is_alive():
-                del self._compensations[run_id]
-                if process.exitcode == -signal.SIGKILL and self._choose.random() < 0.5:
-                    self._given_up(run_id)
+        if self._ticking is not None:
+            assert self._ticking.exitcode == -signal.SIGKILL, "the sensor's process ended by itself"
+            self._confirm(f"tick-{self._ticking.pid}", "ticks", None)
+        killed = self._choose.random() < self.kill_ticks
+        point = Point("anywhere", "after", self._choose.randrange(_TICKS_LIVE)) if killed else None
+        self._alive, there = self._context.Pipe()
+        self._ticking = self._process("tick", there, _TICK, point)
+        there.close()
 
     def _settled(self) -> Iterator[_Workflow]:
         """Those of which nothing goes on, and nothing is to be done by the journal."""
         from dagster_mao.saga import unfinished
 
-        idle = [one for one in self._active.values() if one.process is None and one.zombie is None]
-        if not idle or time.monotonic() - self._looked < _TICK:
+        if time.monotonic() - self._looked < _TICK:
             return
         self._looked = time.monotonic()
-        open_ = {one.workflow_id for one in unfinished(self._store, "chaos") if one.state != "incomplete"}
-        open_ |= {workflow for _, workflow in self._compensations.values()}
-        open_ |= {run.tags["mao/workflow"] for run in self._asked()}
-        for one in idle:
-            if f"chaos/{one.script.workflow}" not in open_:
-                yield one
+        working = {worker.task.name.partition(".")[0] for worker in self._workers if worker.task is not None}
+        idle = [one for name, one in self._active.items() if name not in working]
+        if not idle:
+            return
+        self._asked_at = 0.0
+        open_ = {run.tags["mao/workflow"] for run in self._asked()}
+        try:
+            open_ |= {one.workflow_id for one in unfinished(self._store, "chaos") if self.ticks and one.state != "incomplete"}
+        except StoreError:  # whoever was stopped in the middle of a commit holds the lock
+            return
+        yield from (one for one in idle if f"chaos/{one.script.workflow}" not in open_)
 
     # -- processes -------------------------------------------------------------------------------------------------------------------
 
-    def _process(self, what: str, *arguments: Any) -> BaseProcess:
-        process = self._context.Process(target=getattr(processes, what), args=(self.project, str(self.folder), *arguments), daemon=False)
+    def _process(self, what: str, *arguments: object) -> BaseProcess:
+        process = self._context.Process(target=getattr(processes, what), args=(self.project, str(self.folder), *arguments), daemon=True)
         process.start()
         return process
 
-    def _has_room(self, more: int = 0) -> bool:
-        """Compensations go before new workflows."""
-        running = sum(one.process is not None for one in self._active.values()) + len(self._compensations)
-        return running < self.processes + more
+    def _close(self) -> None:
+        """Nothing of it goes on."""
+        for worker in self._workers:
+            worker.tasks.close()
+            worker.process.kill()
+        if self._ticking is not None:
+            self._ticking.kill()
+        for process in [*(worker.process for worker in self._workers), *([self._ticking] if self._ticking else [])]:
+            process.join()
+        self.instance.dispose()

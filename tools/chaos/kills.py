@@ -16,29 +16,32 @@ from dagster_mao.state.log import StateLog
 from resources.core_bank import CoreBank
 from tools.chaos.script import Point
 
+_PLACES: dict[str, tuple[Any, str]] = {
+    "journal": (SharedStore, "transaction"),
+    "seal": (StateLog, "append"),
+    "effect": (CoreBank, "post"),
+    "undo": (CoreBank, "cancel"),
+}
 
-def arm(point: Point, told: Path) -> None:
-    """From now on this process ends at that point. It writes into `told` that it has come to it."""
+
+def arm(point: Point, told: Path) -> Callable[[], None]:
+    """From now on this process ends at that point, and writes its number into `told` before. What is returned takes it back."""
     end = _end(point, told)
     if point.where == "anywhere":
         timer = threading.Timer(point.n / 1000, end)
         timer.daemon = True
         timer.start()
-        return
+        return timer.cancel
+    owner, name = _PLACES[point.where]
+    honest = getattr(owner, name)
     count = _Countdown(point, end)
-    if point.where == "journal":
-        SharedStore.transaction = _around(SharedStore.transaction, count)  # type: ignore[method-assign]
-    elif point.where == "seal":
-        StateLog.append = _wrapped(StateLog.append, count)  # type: ignore[method-assign]
-    elif point.where == "effect":
-        CoreBank.post = _wrapped(CoreBank.post, count)  # type: ignore[method-assign]
-    else:
-        CoreBank.cancel = _wrapped(CoreBank.cancel, count)  # type: ignore[method-assign]
+    setattr(owner, name, _around(honest, count) if point.where == "journal" else _wrapped(honest, count))
+    return lambda: setattr(owner, name, honest)
 
 
 def _end(point: Point, told: Path) -> Callable[[], None]:
     def end() -> None:
-        told.write_text(str(point))
+        told.write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP if point.how == "stop" else signal.SIGKILL)
 
     return end

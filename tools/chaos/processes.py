@@ -1,4 +1,4 @@
-"""The processes of the chaos: one for each run, compensation and tick of the sensor, forked from a server that has all imported."""
+"""The processes of the chaos: workers, which execute runs and compensations until they are killed, and one that ticks the sensor."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import importlib
 import logging
 import os
 import sys
-import uuid
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import dagster as dg
 from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.events import EngineEventData
 from dagster._core.execution.api import create_execution_plan, execute_run
 
 from tools.chaos.kills import arm
@@ -20,43 +25,66 @@ COMPENSATION, RUN_KEY = "chaos_compensate", "dagster/run_key"
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
-def run_workflow(project: str, folder: str, workflow: str, run_id: str, point: Point | None) -> None:
-    """One run of the pipeline for one workflow."""
-    instance, defs = _begin(project, folder, f"run-{run_id}")
-    if point is not None:
-        arm(point, Path(folder) / "ended" / run_id)
-    defs.resolve_job_def("chaos_job").execute_in_process(
-        _QUIET, instance=instance, run_id=run_id, partition_key=workflow, raise_on_error=False
-    )
+class Task(NamedTuple):
+    """A run that a worker is to execute, of a workflow; of a compensation where there is none. It ends at the point, if one is given."""
+
+    name: str
+    run_id: str
+    workflow: str | None
+    point: Point | None = None
 
 
-def compensate(project: str, folder: str, run_id: str, point: Point | None) -> None:
-    """A run that the sensor asked for."""
-    instance, defs = _begin(project, folder, f"compensation-{run_id}")
-    if point is not None:
-        arm(point, Path(folder) / "ended" / run_id)
-    run = instance.get_run_by_id(run_id)
+def work(project: str, folder: str, tasks: Connection) -> None:
+    """Executes what it is handed, one run after the other, until nothing more can come."""
+    instance, defs = _begin(project, folder, f"worker-{os.getpid()}")
+    with suppress(EOFError):
+        while True:
+            task: Task = tasks.recv()
+            disarm = arm(task.point, Path(folder) / "ended" / task.name) if task.point else None
+            (_run if task.workflow else _compensate)(instance, defs, task)
+            if disarm:
+                disarm()
+            tasks.send(task.name)
+
+
+def _run(instance: dg.DagsterInstance, defs: dg.Definitions, task: Task) -> None:
+    job = defs.resolve_job_def("chaos_job")
+    job.execute_in_process(_QUIET, instance=instance, run_id=task.run_id, partition_key=task.workflow, raise_on_error=False)
+
+
+def _compensate(instance: dg.DagsterInstance, defs: dg.Definitions, task: Task) -> None:
+    run = instance.get_run_by_id(task.run_id)
     assert run is not None
+    # As the launcher does: so the process can be looked for before the run says anything itself.
+    told = EngineEventData({"pid": dg.MetadataValue.text(str(os.getpid()))})
+    instance.report_engine_event(f"Started process for run (pid: {os.getpid()}).", run, told)
     execute_run(InMemoryJob(defs.resolve_job_def(COMPENSATION)), run, instance)
 
 
-def tick(project: str, folder: str, point: Point | None) -> None:
-    """One tick of the compensation's sensor. Runs are made of what it asks for, each once, as the daemon makes them."""
-    instance, defs = _begin(project, folder, f"tick-{os.getpid()}")
+def tick(project: str, folder: str, alive: Connection, seconds: float, point: Point | None) -> None:
+    """Ticks the compensation's sensor, over and over. Runs are made of what it asks for, each once, as the daemon makes them.
+
+    It ends when the other end of `alive` is gone.
+    """
+    instance, defs = _begin(project, folder, f"ticks-{os.getpid()}")
     repository = defs.get_repository_def()
+    sensor, job = repository.get_sensor_def("chaos_compensation"), defs.resolve_job_def(COMPENSATION)
     if point is not None:
-        arm(point, Path(folder) / "ended" / f"tick-{uuid.uuid4()}")
-    resources = {"state_store": (defs.resources or {})["state_store"]}
-    with dg.build_sensor_context(instance=instance, resources=resources, repository_def=repository) as context:
-        told = repository.get_sensor_def("chaos_compensation").evaluate_tick(context)
-    (Path(folder) / "tick.txt").write_text(told.skip_message or f"{len(told.run_requests or [])} asked for")
-    job = defs.resolve_job_def(COMPENSATION)
-    for asked in told.run_requests or []:
-        key = {RUN_KEY: str(asked.run_key)}
-        if not instance.get_runs(dg.RunsFilter(job_name=COMPENSATION, tags=key)):
-            run_config = {**_QUIET, **asked.run_config}
-            plan = create_execution_plan(job, run_config)
-            instance.create_run_for_job(job_def=job, run_config=run_config, execution_plan=plan, tags={**asked.tags, **key})
+        arm(point, Path(folder) / "ended" / f"tick-{os.getpid()}")
+    while not alive.poll(seconds):
+        resources = {"state_store": (defs.resources or {})["state_store"]}
+        requests: Sequence[dg.RunRequest] = []
+        with dg.build_sensor_context(instance=instance, resources=resources, repository_def=repository) as context:
+            try:
+                requests = sensor.evaluate_tick(context).run_requests or []
+            except Exception:  # a tick that fails is followed by the next
+                traceback.print_exc()
+        for asked in requests:
+            key = {RUN_KEY: str(asked.run_key)}
+            if not instance.get_runs(dg.RunsFilter(job_name=COMPENSATION, tags=key)):
+                run_config = {**_QUIET, **asked.run_config}
+                plan = create_execution_plan(job, run_config)
+                instance.create_run_for_job(job_def=job, run_config=run_config, execution_plan=plan, tags={**asked.tags, **key})
 
 
 def _begin(project: str, folder: str, name: str) -> tuple[dg.DagsterInstance, dg.Definitions]:

@@ -16,6 +16,7 @@ import dagster_mao as mao
 from resources.core_bank import CoreBank
 from tools.chaos.script import Script
 
+FOLDER = "CHAOS_FOLDER"  # the environment variable that names it to processes which Dagster starts
 ORDERS = 4  # of a workflow; more than one, so that something is half done
 CALL_SECONDS = 5.0  # that a call may take, and so the undo of an effect at the second bank may have to wait
 
@@ -132,11 +133,11 @@ def store(folder: Path) -> mao.StateStore:
     return mao.StateStore(folder / "state")
 
 
-def definitions(folder: Path) -> dg.Definitions:
+def definitions(folder: Path, scripts: Scripts | None = None) -> dg.Definitions:
     """What Dagster loads."""
     resources = {
         "state_store": mao.StateStoreResource(root=str(folder / "state")),
-        "scripts": Scripts(folder=str(folder)),
+        "scripts": scripts or Scripts(folder=str(folder)),
         "bank": CoreBank(path=str(folder / "bank.db")),
         "forgetful": Forgetful(path=str(folder / "forgetful.db")),
     }

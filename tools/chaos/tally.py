@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from dagster_mao.saga import SagaState, sagas
 from dagster_mao.state import Seal, StateStore
+from tools.chaos.script import Script
 
+LATENCIES = "seconds.json"
 BANKS = {"bank": ("inquiry", "offer"), "forgetful": ("reservation", "funds")}
 _STANDING = """
 SELECT e.kind, e.application_id, e.amount FROM ledger e
@@ -23,14 +26,18 @@ Standing = Counter[tuple[str, str, int]]
 class Tally:
     """`doubles`: effects that stand more than once. `missing`: effects that do not stand though the state says so, and undoings of which
 
-    the same is true (an effect that stands, and no completed attempt has it). `left`: those where an undo was told to fail.
+    the same is true (an effect that stands, and no completed attempt has it). `left`: those where an undo was told to fail. `incomplete`
+    are workflows with something left, `expected` those that were told to. `kills` counts processes, by what they were; `unreached` are the
+    scripted points that no process ended at.
     """
 
     workflows: int = 0
     completed: int = 0
-    kills: int = 0
-    zombies: int = 0
+    kills: Counter[str] = field(default_factory=Counter)
+    unreached: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # from the end of a run to the start of its compensation
     compensated: int = 0
+    expected: int = 0
     incomplete: int = 0
     superseded: int = 0
     repeats: int = 0
@@ -46,25 +53,38 @@ class Tally:
             if (folder / f"{name}.db").exists():
                 standing.update(_standing(folder / f"{name}.db"))
                 tally.repeats += _repeats(folder / f"{name}.db")
-        points = [file.read_text() for file in (folder / "ended").iterdir()]
-        tally.zombies = sum(point.startswith("stop") for point in points)
-        tally.kills = len(points) - tally.zombies
+        tally.kills.update(file.read_text().partition(":")[0] for file in (folder / "killed").iterdir())
+        tally.seconds = json.loads((folder / LATENCIES).read_text()) if (folder / LATENCIES).exists() else []
         of: dict[str, list[SagaState]] = {}
         for saga in sagas(store, pipeline):
             of.setdefault(saga.workflow_id, []).append(saga)
             tally.compensated += saga.state == "compensated" and not saga.superseded_by
             tally.superseded += saga.state == "compensated" and bool(saga.superseded_by)
-        for script in sorted((folder / "scripts").glob("*.json")):
+        for file in sorted((folder / "scripts").glob("*.json")):
+            script = Script.read(folder, file.stem)
             tally.workflows += 1
-            workflow = f"{pipeline}/{script.stem}"
+            tally.expected += script.undo_fails is not None
+            if script.is_strict:
+                points = [(name, str(point)) for name, point in script.points()]
+                points += [(f"{file.stem}.worker", "kill")] if script.loses_worker else []
+                tally.unreached += [f"{name}: {point}" for name, point in points if not (folder / "killed" / name).exists()]
+            workflow = f"{pipeline}/{file.stem}"
             effective = store.effective(workflow)
             tally.completed += bool(effective)
             expected = Standing(_expected(store, effective)) if effective else Standing()
-            own = Standing({one: count for one, count in standing.items() if one[1].rpartition("-")[0] == script.stem})
+            own = Standing({one: count for one, count in standing.items() if one[1].rpartition("-")[0] == file.stem})
             incomplete = any(saga.state == "incomplete" for saga in of.get(workflow, ()))
             tally.incomplete += incomplete
             tally._compare(workflow, expected, own, incomplete)
         return tally
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
+
+    @property
+    def good(self) -> bool:
+        """Nothing is doubled or missing, something is left only where an undo was told to fail, and each scripted point was met."""
+        return not (self.doubles or self.missing or self.unreached or self.incomplete > self.expected)
 
     def _compare(self, workflow: str, expected: Standing, own: Standing, incomplete: bool) -> None:
         for one in expected.keys() | own.keys():
