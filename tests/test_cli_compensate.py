@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,11 @@ class Project:
 
     def code(self, bank: str) -> None:
         (self.folder / f"{self.name}.py").write_text(CODE.format(bank=bank, path=str(self.folder / "bank.db")))
+
+    def forget(self) -> None:
+        """As another process: the code that was loaded is not."""
+        del sys.modules[self.name]
+        importlib.invalidate_caches()
 
     def fail(self, attempt: str) -> None:
         def act(effects: Any, record: str, bank: Any) -> None:
@@ -99,6 +106,17 @@ def test_what_is_left_is_said_until_it_is_tried_again(project: Project) -> None:
     assert "ConnectionError" in call("--status", code=1).output
     assert "--resume" in call(DAY, code=1).output
     assert len(project.standing) == 4
+    assert "incomplete" in call(DAY, "--resume", code=1).output, "it is tried again, and fails again"
+    (left,) = json.loads(call(DAY, "--status", "--json", code=1).stdout)["compensations"]
+    assert [(undo["agent"], undo["tries"]) for undo in left["undos"]] == [("approval", 2), ("inquiry", 2)]
+
+    project.code(Bank.__name__)
+    project.forget()
+    (mended,) = json.loads(call(DAY, "--resume", "--json").stdout)
+    assert (mended["state"], mended["left"]) == ("compensated", [])
+    assert project.standing == {}
+    assert "compensated" in call("--status").output
+    assert "nothing to be compensated" in call(DAY, "--resume", code=1).output
 
 
 def test_a_completed_attempt_is_left_alone(project: Project) -> None:

@@ -172,6 +172,16 @@ def test_the_sensor_waits_for_what_may_still_become_of_an_attempt(failing):
     assert failing.bank.standing() == expected(AMOUNTS)
 
 
+def test_an_attempt_that_was_terminated_is_compensated_like_a_failed_one(failing):
+    attempt = failing.attempt(dg.DagsterRunStatus.CANCELING)
+    assert f"run {attempt} is CANCELING" in failing.tick()
+    failing.instance.report_run_canceled(failing.instance.get_run_by_id(attempt))
+    (asked,) = failing.tick()
+    assert asked.tags["mao/compensates"] == attempt
+    assert failing.run(asked.run_config, **asked.tags).status == dg.DagsterRunStatus.SUCCESS
+    assert failing.bank.standing() == {}
+
+
 def test_a_failed_rerun_undoes_its_own_effects_only(failing):
     first = str(uuid.uuid4())
     failing.instance.add_run(dg.DagsterRun(job_name="loans_job", run_id=first, status=dg.DagsterRunStatus.SUCCESS))

@@ -23,6 +23,11 @@ from tools.chaos import processes
 from tools.chaos.processes import COMPENSATION, Task
 from tools.chaos.script import Point, Script
 
+# Without Dagster's capture of what is printed, which takes four processes a run.
+_CONFIGURATION = """
+telemetry: {enabled: false}
+compute_logs: {module: dagster._core.storage.noop_compute_log_manager, class: NoOpComputeLogManager}
+"""
 _ACTIVE = 12  # workflows on their way at a time
 _TICK = 1.0  # seconds between ticks of the sensor; the daemon's are 5 apart
 _TICKS_LIVE = 60_000  # milliseconds within which a ticking process is killed, if it is
@@ -77,7 +82,7 @@ class Chaos:
     def __post_init__(self) -> None:
         for name in ("scripts", "ended", "killed", "logs", "home"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        (self.folder / "home" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        (self.folder / "home" / "dagster.yaml").write_text(_CONFIGURATION)
         self._choose = random.Random(self.seed)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([self.project, "tools.chaos.processes", "tools.chaos.preloaded"])

@@ -22,7 +22,7 @@ from tools.chaos.project import FOLDER, store, workflows
 from tools.chaos.script import Point, Script
 from tools.chaos.tally import LATENCIES
 
-_CONFIGURATION = "concurrency: {runs: {max_concurrent_runs: 2}}\nnux: {enabled: false}\n"
+_CONFIGURATION = "concurrency: {runs: {max_concurrent_runs: 3}}\nnux: {enabled: false}\n"
 _ZOMBIES_SLEEP = 15.0  # seconds: the daemon's sensors tick every 5
 
 
