@@ -32,7 +32,7 @@ def build(state: str, applications: str, bank: str) -> dg.Definitions:
         # The steps are short: starting a process for each would take longer than their work.
         executor=dg.in_process_executor,
     )
-    return dg.Definitions.merge(credit.build_definitions(resources=resources), watchers)
+    return dg.Definitions.merge(credit.build_definitions(resources=resources, scheduled=True), watchers)
 
 
 defs = build(STATE, APPLICATIONS, BANK)

@@ -1,7 +1,7 @@
-"""What starts the credit pipeline by itself; switch it on in the UI, under Automation.
+"""What starts the credit pipeline by itself; seen in the UI, under Automation.
 
-The daily schedule comes with the pipeline: `credit_schedule` decides a day's applications when the day is over. `credit_reports` then
-reports on the newest day's decisions as soon as there are any, whoever started the run that made them.
+The daily schedule comes with the pipeline, and is on: `credit_schedule` decides a day's applications when the day is over. Once it is
+switched on, `credit_reports` reports on the newest day's decisions as soon as there are any, whoever started the run that made them.
 """
 
 import dagster as dg

@@ -17,10 +17,13 @@ from dagster_mao.choreography import (
     BatchTakenError,
     Delivered,
     abandon,
+    cut,
     done_of,
     held,
+    intake_workflow,
     redeliver_batch,
     run_batch,
+    run_inbox,
     subscribers,
     tick,
     workflows_of,
@@ -33,8 +36,10 @@ from dagster_mao.dagster.policies import POLICIES
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import BATCH_TAG, WORKFLOWS_TAGGED, is_fresh, workflow_tags
 from dagster_mao.dagster.telling import Telling
+from dagster_mao.errors import MaoError
 from dagster_mao.gateway import shared_store
 from dagster_mao.pipeline import Pipeline
+from dagster_mao.saga import request
 from dagster_mao.state import Seal, StateStore
 
 RUNS_AT_ONCE = 4
@@ -125,7 +130,7 @@ def build_subscriber_sensor(
     )
     def subscriber_sensor(context: dg.SensorEvaluationContext) -> Any:
         store = getattr(context.resources, STATE_STORE).store()
-        launcher = _Launcher(context.instance, store, pipeline, agent)
+        launcher = _Launcher(context.instance, store, pipeline, agent, agent_job_name(pipeline.name, agent))
         launcher.bury()
         batches = tick(store, pipeline, agent, every=minimum_interval_seconds)
         launched, asked = launcher.split(batches)
@@ -138,11 +143,77 @@ def build_subscriber_sensor(
     return subscriber_sensor
 
 
+def build_inbox_job(pipeline: Pipeline) -> dg.JobDefinition:
+    """The job `<pipeline>__inbox_job`: seals a batch of submitted events as the entry of a workflow. The sensor launches its runs."""
+    entry = pipeline.entry
+
+    @dg.op(
+        name=f"{pipeline.name}__inbox",
+        description=f"Seals a batch of events as {entry.name}; bad ones go to its quarantine, with the reason.",
+        required_resource_keys={STATE_STORE, POLICIES, *entry.resources},
+        out=dg.Out(dg.Nothing),
+    )
+    def inbox(context: dg.OpExecutionContext) -> Iterator[Any]:
+        yield from _taken_in(context, pipeline)
+
+    @dg.job(
+        name=inbox_job_name(pipeline.name),
+        description=f"A batch of submitted events, sealed as {entry.name} of a workflow.",
+        executor_def=dg.in_process_executor,
+    )
+    def inbox_job() -> None:
+        inbox()
+
+    return inbox_job
+
+
+def build_inbox_sensor(
+    pipeline: Pipeline,
+    *,
+    minimum_interval_seconds: int = 5,
+    runs_at_once: int = RUNS_AT_ONCE,
+    default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.RUNNING,
+) -> dg.SensorDefinition:
+    """The sensor `<pipeline>__inbox_sensor`: cuts submitted events into batches, and launches a run of the inbox's job for each.
+
+    It runs from the start. It requires the resource `state_store`.
+    """
+
+    @dg.sensor(
+        name=f"{pipeline.name}__inbox_sensor",
+        job_name=inbox_job_name(pipeline.name),
+        description=f"Makes workflows of {pipeline.name} of the events that were submitted.",
+        minimum_interval_seconds=minimum_interval_seconds,
+        default_status=default_status,
+        required_resource_keys={STATE_STORE},
+    )
+    def inbox_sensor(context: dg.SensorEvaluationContext) -> Any:
+        store = getattr(context.resources, STATE_STORE).store()
+        launcher = _Launcher(context.instance, store, pipeline, pipeline.entry_name, inbox_job_name(pipeline.name))
+        launcher.bury()
+        launched, asked = launcher.split(cut(store, pipeline, every=minimum_interval_seconds))
+        requests = [
+            dg.RunRequest(
+                run_key=batch.run_key,
+                tags={BATCH_TAG: batch.run_key, **workflow_tags([f"{pipeline.name}/{intake_workflow(batch.run_key)}"])},
+            )
+            for batch in asked[: max(runs_at_once - launcher.running(), 0)]
+        ]
+        return dg.SensorResult(run_requests=requests, skip_reason=None if requests else _why_none(launched, asked))
+
+    return inbox_sensor
+
+
+def inbox_job_name(pipeline: str) -> str:
+    """The job that seals batches of submitted events."""
+    return f"{pipeline}__inbox_job"
+
+
 class _Launcher:
     """What Dagster knows of the runs of an agent's batches."""
 
-    def __init__(self, instance: dg.DagsterInstance, store: StateStore, pipeline: Pipeline, agent: str) -> None:
-        self._instance, self._store, self._pipeline, self._agent = instance, store, pipeline, agent
+    def __init__(self, instance: dg.DagsterInstance, store: StateStore, pipeline: Pipeline, agent: str, job: str) -> None:
+        self._instance, self._store, self._pipeline, self._agent, self._job = instance, store, pipeline, agent, job
 
     def bury(self) -> None:
         """Lets go of batches that dead runs have: nobody waits until they have been silent for long."""
@@ -168,8 +239,7 @@ class _Launcher:
         return launched, asked
 
     def running(self) -> int:
-        wanted = dg.RunsFilter(job_name=agent_job_name(self._pipeline.name, self._agent), statuses=_UNFINISHED)
-        return self._instance.get_runs_count(wanted)
+        return self._instance.get_runs_count(dg.RunsFilter(job_name=self._job, statuses=_UNFINISHED))
 
     def requests(self, batches: Sequence[Batch]) -> list[dg.RunRequest]:
         workflows = workflows_of(self._store, [batch.run_key for batch in batches]) if batches else {}
@@ -221,7 +291,7 @@ def _delivered(context: dg.OpExecutionContext, pipeline: Pipeline, agent: Agent)
             log=context.log,
         ):
             told.add(one.workflow_id)
-            yield from _told(context, store, telling, agent, one)
+            yield from _told(context, store, pipeline, telling, one)
     except BatchTakenError as error:
         again = redeliver_batch(store, pipeline, agent.name, run_key) if context.run.parent_run_id else 0
         context.log.info(str(error))
@@ -233,7 +303,46 @@ def _delivered(context: dg.OpExecutionContext, pipeline: Pipeline, agent: Agent)
     telling.end()
 
 
-def _told(context: dg.OpExecutionContext, store: StateStore, telling: Telling, agent: Agent, one: Delivered) -> Iterator[Any]:
+def _taken_in(context: dg.OpExecutionContext, pipeline: Pipeline) -> Iterator[Any]:
+    """The step of a run that was launched for a batch of events. One that failed is handed out again, the same events."""
+    entry, run_key = pipeline.entry, context.run.tags.get(BATCH_TAG)
+    if run_key is None:
+        raise dg.Failure(f"This run is of no batch: it has no tag {BATCH_TAG}. Fix: submit events", allow_retries=False)
+    store: StateStore = getattr(context.resources, STATE_STORE).store()
+    telling = Telling(context, store, pipeline, entry)
+    resources = {name: getattr(context.resources, name) for name in entry.resources}
+    try:
+        told = run_inbox(
+            *(store, pipeline, run_key),
+            run_id=context.run.run_id,
+            resources=resources,
+            config_digest=config_digest(resources),
+            policies=getattr(context.resources, POLICIES).of(pipeline),
+            log=context.log,
+        )
+    except BatchTakenError as error:
+        context.log.info(str(error))
+        return
+    except MaoError as error:
+        yield from telling.failed(f"{pipeline.name}/{intake_workflow(run_key)}", error)
+    else:
+        seals = [told.outcome.seal] if told.outcome else _untold(context.instance, store, pipeline, entry, [told.workflow_id])
+        for seal in seals:
+            yield from telling.sealed(told.outcome or Outcome(seal, (), reused=True))
+    yield from telling.summary()
+    telling.end(outcome="its events are handed out again")
+
+
+def _ask_for_compensation(context: dg.OpExecutionContext, store: StateStore, pipeline: Pipeline, workflow_id: str, why: str) -> None:
+    """In hybrid mode an agent that fails ends the attempt: what all its agents did, in all their runs, is undone."""
+    if pipeline.mode != "hybrid":
+        return
+    entry = next((seal for seal in reversed(store.seals(workflow_id)) if seal.kind == "entry"), None)
+    if entry is not None:
+        request(store, pipeline.name, workflow_id, entry.attempt, run_id=context.run.run_id, why=why)
+
+
+def _told(context: dg.OpExecutionContext, store: StateStore, pipeline: Pipeline, telling: Telling, one: Delivered) -> Iterator[Any]:
     if one.state == "done" and one.outcome is not None:
         yield from telling.sealed(one.outcome)
     elif one.state == "duplicate":
@@ -242,10 +351,12 @@ def _told(context: dg.OpExecutionContext, store: StateStore, telling: Telling, a
         context.log.info(f"{one.workflow_id}: it was superseded, or fenced, before it was begun; nothing was done.")
     elif one.error is None:
         telling.given_up(one.workflow_id, "its runs died, one after the other, while they worked on it")
+        _ask_for_compensation(context, store, pipeline, one.workflow_id, "RunDied")
     elif one.state == "later":
         yield from telling.failed(one.workflow_id, one.error, again="It is delivered again later.")
     else:
         yield from telling.failed(one.workflow_id, one.error)
+        _ask_for_compensation(context, store, pipeline, one.workflow_id, type(one.error).__name__)
 
 
 def _untold(instance: dg.DagsterInstance, store: StateStore, pipeline: Pipeline, agent: Agent, workflows: Iterable[str]) -> list[Seal]:

@@ -28,6 +28,7 @@ def build_definitions(
     resources: Mapping[str, Any] | None = None,
     translator: AgentTranslator | None = None,
     alert: Callable[[BreakerAlert], object] | None = None,
+    scheduled: bool = False,
 ) -> dg.Definitions:
     """Everything that Dagster needs to run, show and schedule a pipeline; merge it with other definitions as you like.
 
@@ -36,12 +37,15 @@ def build_definitions(
     changes agents' policies; without it there are none until somebody writes them in the launchpad. Raises `WiringError` when a resource is
     missing, or an override names what there is not.
 
+    With `scheduled`, the schedule of a pipeline with partitions by time runs from the start; else it is switched on in the UI.
+
     Where an agent has a breaker, a sensor shows how it stands (`build_breaker_sensor`); `alert` is called for each that opens. Where an
     agent has effects, a sensor starts a job that compensates attempts which did not complete (`build_compensation_sensor`).
     """
     assets = build_assets(pipeline, translator=translator)
     job = build_job(pipeline) if pipeline.entry_name else None
-    schedule = build_schedule(pipeline, job) if job else None
+    status = dg.DefaultScheduleStatus.RUNNING if scheduled else dg.DefaultScheduleStatus.STOPPED
+    schedule = build_schedule(pipeline, job, default_status=status) if job else None
     sensors = [build_breaker_sensor(pipeline, alert)] if guarded_agents(pipeline) else []
     agent_jobs = []
     if pipeline.mode != "orchestration":
@@ -49,6 +53,12 @@ def build_definitions(
 
         agent_jobs = choreography.build_agent_jobs(pipeline)
         sensors += choreography.build_subscriber_sensors(pipeline)
+        if pipeline.inbox is not None:
+            agent_jobs.append(choreography.build_inbox_job(pipeline))
+            sensors.append(choreography.build_inbox_sensor(pipeline))
+    elif pipeline.inbox is not None:
+        fix = 'mode="choreography" or "hybrid", in which agents start by themselves'
+        raise WiringError(f"Pipeline {pipeline.name!r} has an inbox, and nobody starts its agents", field="inbox", fix=fix)
     compensating = [build_compensation_job(pipeline)] if with_effects(pipeline) else []
     if compensating:
         sensors.append(build_compensation_sensor(pipeline))
@@ -78,16 +88,15 @@ def build_job(pipeline: Pipeline) -> Any:
     )
 
 
-def build_schedule(pipeline: Pipeline, job: Any) -> Any:
+def build_schedule(pipeline: Pipeline, job: Any, *, default_status: dg.DefaultScheduleStatus = dg.DefaultScheduleStatus.STOPPED) -> Any:
     """The schedule `<pipeline>_schedule`, which runs the job on the partition that just ended; None without partitions by time.
 
-    It is stopped until it is switched on in the UI.
+    By default it is stopped until it is switched on in the UI.
     """
     if not isinstance(pipeline.partitions_def, dg.TimeWindowPartitionsDefinition):
         return None
-    return dg.build_schedule_from_partitioned_job(
-        job, name=f"{pipeline.name}_schedule", description=f"Decides each ended partition of {pipeline.name}."
-    )
+    about = f"Decides each ended partition of {pipeline.name}."
+    return dg.build_schedule_from_partitioned_job(job, name=f"{pipeline.name}_schedule", description=about, default_status=default_status)
 
 
 def _resources(pipeline: Pipeline, given: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _due(instance: dg.DagsterInstance, pipeline: Pipeline, one: Unfinished) -> d
     if one.lease_until is not None and (left := one.lease_until.timestamp() - time.time()) > 0:
         return f"another compensator holds it for another {left:.0f} s"
     found = ending(instance, one.attempt)
-    if one.kind == "attempt" and (waits := _not_over(found, one)):
+    if one.kind == "attempt" and (waits := _not_over(found, one, pipeline)):
         return waits
     number = len(before)
     failed = found.failed
@@ -89,7 +89,10 @@ def _due(instance: dg.DagsterInstance, pipeline: Pipeline, one: Unfinished) -> d
     )
 
 
-def _not_over(found: Ending, one: Unfinished) -> str | None:
+def _not_over(found: Ending, one: Unfinished, pipeline: Pipeline) -> str | None:
+    if pipeline.mode == "hybrid" and not found.failed:
+        # Its runs are of many attempts each: it is over when one of its agents has failed. The fence ends what the others still do for it.
+        return None if one.state == "requested" else "its agents are at work, or are started when what they read is sealed"
     if found.waits_for:
         return found.waits_for
     if not found.runs:

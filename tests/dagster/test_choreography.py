@@ -83,7 +83,7 @@ def test_a_batch_of_many_workflows_tells_of_each_of_them(tmp_path: Path, instanc
     theatre = daily(tmp_path, instance)
     theatre.arrive(MONDAY, TUESDAY, FRIDAY)
     (request,) = theatre.tick("score")
-    result = theatre.launch("score", request)
+    result = theatre.launch(request)
     assert result.success
     told = theatre.materializations("score")
     assert {one["mao/state_version"] for one in told} == {f"loans/{day}@1" for day in (MONDAY, TUESDAY, FRIDAY)}
@@ -104,7 +104,7 @@ def test_without_partitions_a_run_s_check_speaks_of_all_its_workflows(theatre: T
     theatre.arrive("w1", "w2", "w3", amounts=[100.0])
     theatre.ledger.fail("score loans/w2")
     (request,) = theatre.tick("score")
-    result = theatre.launch("score", request)
+    result = theatre.launch(request)
     check = theatre.check("score", "pinned_base")
     assert (check.passed, check.metadata["workflows"].value) == (True, 3)
     assert theatre.check("score", "output").metadata["workflows"].value == 2
@@ -130,10 +130,10 @@ def test_a_re_execution_of_a_run_lets_what_failed_in_it_be_tried_again(theatre: 
     theatre.arrive("good", "bad")
     theatre.ledger.fail("score loans/bad")
     (request,) = theatre.tick("score")
-    failed = theatre.launch("score", request)
+    failed = theatre.launch(request)
     theatre.ledger.fail()
     by_hand = {"dagster/parent_run_id": failed.run_id, "dagster/root_run_id": failed.run_id}
-    assert theatre.launch("score", request).success, "a run of the same batch that is no re-execution does nothing"
+    assert theatre.launch(request).success, "a run of the same batch that is no re-execution does nothing"
     assert theatre.tick("score") == []
     job = theatre.defs.resolve_job_def("loans__score_job")
     again = theatre.instance.create_run_for_job(
@@ -141,7 +141,7 @@ def test_a_re_execution_of_a_run_lets_what_failed_in_it_be_tried_again(theatre: 
     )
     assert execute_run(InMemoryJob(job), again, theatre.instance).success
     (retried,) = theatre.tick("score")
-    assert theatre.launch("score", retried).success
+    assert theatre.launch(retried).success
     assert theatre.ledger.executions["score loans/bad"] == 2
     assert theatre.sealed()["score loans/bad"] == 1
 
@@ -153,8 +153,8 @@ def test_a_batch_is_asked_for_under_one_key_until_a_run_has_it(theatre: Theatre)
     theatre.arrive("w1", "w2")
     (first,), (second,) = theatre.tick("score"), theatre.tick("score")
     assert first.run_key == second.run_key, "Dagster launches one run per key"
-    assert theatre.launch("score", first).success
-    late = theatre.launch("score", second)
+    assert theatre.launch(first).success
+    late = theatre.launch(second)
     assert late.success
     assert theatre.ledger.executions == once("w1", "w2", agents=["score"])
 
@@ -182,7 +182,7 @@ def test_a_batch_whose_run_died_before_it_took_it_is_launched_under_another_key(
     theatre.tick("score")
     (again,) = theatre.tick("score")
     assert again.run_key != request.run_key
-    assert theatre.launch("score", again).success
+    assert theatre.launch(again).success
     assert theatre.sealed() == once("w1", agents=["score"])
 
 
@@ -196,7 +196,7 @@ def test_a_batch_whose_run_died_while_it_had_it_goes_on_at_the_next_tick(theatre
     assert next(at_work).state == "done"
     theatre.instance.report_run_failed(run)
     (again,) = theatre.tick("score")
-    assert theatre.launch("score", again).success
+    assert theatre.launch(again).success
     with pytest.raises(mao.MaoError, match=r"another has it"):
         list(at_work)
     assert theatre.sealed() == once("w1", "w2", agents=["score"])
@@ -211,7 +211,7 @@ def test_what_a_dead_run_sealed_and_did_not_tell_is_told_by_the_next(theatre: Th
     abandon(shared_store(str(theatre.store.database)), str(request.run_key))
     assert theatre.materializations("score") == []
     (again,) = theatre.tick("score")
-    assert theatre.launch("score", again).success
+    assert theatre.launch(again).success
     (told,) = theatre.materializations("score")
     assert (told["mao/state_version"], told["mao/reused"]) == ("loans/w1@1", True)
     assert theatre.ledger.executions == once("w1", agents=["score"])
@@ -239,7 +239,7 @@ def test_so_many_workflows_are_tags_and_all_are_in_the_log(theatre: Theatre, mon
     theatre.arrive(*workflows, amounts=[100.0])
     (request,) = theatre.tick("score")
     assert len([key for key in request.tags if key.startswith("mao/workflow.")]) == 2
-    result = theatre.launch("score", request)
+    result = theatre.launch(request)
     logged = [entry.user_message for entry in theatre.instance.all_logs(result.run_id) if entry.user_message.startswith("3 workflows")]
     assert len(logged) == 1
     assert all(f"loans/{workflow}" in logged[0] for workflow in workflows)

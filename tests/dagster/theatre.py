@@ -13,7 +13,6 @@ import dagster as dg
 import dagster_mao as mao
 from dagster_mao.choreography import enter
 from dagster_mao.dagster import StateStoreResource, build_definitions
-from dagster_mao.dagster.choreography import agent_job_name
 from tests.choreography.loans import Ledger, batch, loans, sealed
 
 EAGER = mao.MicroBatch(size=500, wait=0)
@@ -34,6 +33,7 @@ class Theatre:
         self.defs = build_definitions(self.pipeline, resources=self.given)
         self.cursors: dict[str, str | None] = {}
         self.reasons: dict[str, str | None] = {}
+        self.jobs: dict[str, str] = {}  # by run key
 
     def arrive(self, *workflows: str, amounts: Sequence[float] = ()) -> None:
         """Batches that were sealed somewhere else, by a process that is no run of Dagster's."""
@@ -51,12 +51,14 @@ class Theatre:
         self.cursors[sensor.name], self.reasons[name] = told.cursor, told.skip_message
         for event in told.asset_events:
             self.instance.report_runless_asset_event(event)
-        return list(told.run_requests or ())
+        requests = list(told.run_requests or ())
+        self.jobs |= {str(request.run_key): sensor.job_name for request in requests}
+        return requests
 
-    def launch(self, agent: str, request: dg.RunRequest, **tags: str) -> dg.ExecuteInProcessResult:
+    def launch(self, request: dg.RunRequest) -> dg.ExecuteInProcessResult:
         """Runs what a sensor asked for."""
-        job = self.defs.resolve_job_def(request.job_name or agent_job_name(self.pipeline.name, agent))
-        known = {"dagster/run_key": str(request.run_key), **request.tags, **tags}
+        job = self.defs.resolve_job_def(self.jobs[str(request.run_key)])
+        known = {"dagster/run_key": str(request.run_key), **request.tags}
         return job.execute_in_process(
             request.run_config, instance=self.instance, tags=known, run_id=str(uuid.uuid4()), raise_on_error=False
         )
@@ -72,7 +74,7 @@ class Theatre:
                     continue
                 for request in self.tick(agent):
                     is_busy = True
-                    results.setdefault(agent, []).append(self.launch(agent, request))
+                    results.setdefault(agent, []).append(self.launch(request))
         return results
 
     def sealed(self) -> Counter[str]:

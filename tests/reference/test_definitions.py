@@ -44,8 +44,8 @@ def test_fairness_is_a_check_on_the_decisions_and_does_not_stop_them():
     assert not node.blocking
 
 
-def test_what_starts_by_itself_is_switched_on_by_people():
+def test_days_are_decided_by_themselves_and_reports_are_switched_on_by_people():
     repository = defs.get_repository_def()
     assert repository.has_schedule_def("credit_schedule")
     assert repository.get_sensor_def("credit_reports").default_status == dg.DefaultSensorStatus.STOPPED
-    assert repository.get_schedule_def("credit_schedule").default_status == dg.DefaultScheduleStatus.STOPPED
+    assert repository.get_schedule_def("credit_schedule").default_status == dg.DefaultScheduleStatus.RUNNING

@@ -1,0 +1,96 @@
+"""Choreography with effects: where an agent fails, what the attempt did in all its runs is undone, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+import dagster_mao as mao
+from tests.choreography.loans import Application, Decision, Ledger, applications
+from tests.dagster.theatre import EAGER, Theatre
+from tests.journal.bank import FencingBank
+
+
+class Inquiry(mao.Agent):
+    """Asks about each applicant, which others can see."""
+
+    def execute(self, ctx: mao.AgentContext, applications: Application, *, bank: FencingBank) -> Application:
+        ctx.effect("inquiry", lambda effect: bank.do(effect.key, "inquiry", applications.id, effect.epoch), compares_epoch=True)
+        return applications
+
+    def compensate(self, undo: mao.Undo, *, bank: FencingBank) -> None:
+        for effect in undo.effects:
+            bank.cancel(effect.key, undo.epoch)
+
+
+@mao.agent
+def approval(ctx: mao.AgentContext, inquiry: mao.LazyFrame[Application], *, ledger: Ledger) -> mao.LazyFrame[Decision]:
+    ledger.note("approval", ctx.workflow_id)
+    return inquiry.select("id", approved=True)
+
+
+def hybrid(**declared: Any) -> mao.Pipeline:
+    return mao.Pipeline("loans", entry=applications, agents=[Inquiry, approval], mode="hybrid", micro_batch=EAGER, **declared)
+
+
+@pytest.fixture
+def theatre(tmp_path: Path) -> Any:
+    with dg.DagsterInstance.ephemeral() as instance:
+        bank = FencingBank(tmp_path / "bank.db")
+        yield Theatre(tmp_path, instance, hybrid(), bank=dg.ResourceDefinition.hardcoded_resource(bank))
+
+
+def standing(theatre: Theatre) -> dict[tuple[str, str], int]:
+    bank: FencingBank = theatre.given["bank"].resource_fn(None)
+    return bank.standing()
+
+
+def compensate(theatre: Theatre) -> list[dg.ExecuteInProcessResult]:
+    return [theatre.launch(request) for request in theatre.tick("loans_compensation")]
+
+
+def test_a_failure_in_one_agent_s_run_undoes_what_another_s_run_did_for_that_workflow(theatre: Theatre) -> None:
+    theatre.arrive("good", amounts=[100.0])
+    theatre.arrive("bad", amounts=[100.0, 200.0])
+    theatre.ledger.fail("approval loans/bad")
+    results = theatre.play()
+    assert [run.success for run in results["inquiry"]] == [True], "both in one run"
+    assert standing(theatre) == {("inquiry", "A0"): 2, ("inquiry", "A1"): 1}
+    (done,) = compensate(theatre)
+    assert done.success
+    assert standing(theatre) == {("inquiry", "A0"): 1}, "the good workflow's stays"
+    kinds = {workflow: [seal.kind for seal in theatre.store.seals(f"loans/{workflow}")] for workflow in ("good", "bad")}
+    assert kinds == {"good": ["entry", "output", "output"], "bad": ["entry", "output", "fence", "compensated"]}
+    assert theatre.store.effective("loans/bad") == {}
+    assert theatre.tick("loans_compensation") == []
+    assert theatre.play() == {}, "what was fenced is nobody's any more"
+
+
+def test_an_attempt_that_goes_on_is_left_alone(theatre: Theatre) -> None:
+    """Its entry's run succeeded, and so did that of its first agent: the next is yet to be started."""
+    entered = theatre.defs.resolve_job_def("loans_job").execute_in_process(instance=theatre.instance)
+    theatre.arrive("w1", amounts=[100.0])
+    (request,) = theatre.tick("inquiry")
+    assert theatre.launch(request).success
+    assert theatre.tick("loans_compensation") == []
+    assert entered.success
+    theatre.play()
+    assert theatre.tick("loans_compensation") == []
+    assert standing(theatre) == {("inquiry", "A0"): 1}
+    assert theatre.store.effective("loans/w1").keys() == {"applications", "inquiry", "approval"}
+
+
+def test_the_entry_s_run_begins_an_attempt_of_all_agents(theatre: Theatre) -> None:
+    assert theatre.defs.resolve_job_def("loans_job").execute_in_process(instance=theatre.instance).success
+    (workflow,) = theatre.store.workflows("loans")
+    (entry,) = theatre.store.seals(workflow)
+    assert set(entry.plan) == {"applications", "inquiry", "approval"}
+    assert theatre.store.effective(workflow) == {}, "half an attempt does not count"
+
+
+def test_side_effects_in_plain_choreography_are_an_error_at_load() -> None:
+    with pytest.raises(mao.WiringError, match="side effects"):
+        mao.Pipeline("loans", entry=applications, agents=[Inquiry, approval], mode="choreography")
