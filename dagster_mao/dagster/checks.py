@@ -25,6 +25,9 @@ from dagster_mao.state.verify import Finding, Report, verify
 CHAIN_INTEGRITY, CHAIN_INTEGRITY_ALL = "chain_integrity", "chain_integrity_all"
 ACCOUNTED, ACCOUNTED_ALL = "accounted", "accounted_all"
 COMPENSATED_ALL = "compensated_all"
+LAG = "lag"
+"""The check of an agent that starts by itself: is somebody looking for it, and does nothing wait in vain?"""
+
 _OF_ALL = {CHAIN_INTEGRITY_ALL, ACCOUNTED_ALL, COMPENSATED_ALL}
 _CHAIN = "Are the snapshots, the chain of seals and Dagster's event log still what they were when this agent's output was sealed?"
 _UNDONE = "Was everything undone that attempts did which failed, or were superseded? As the journal of effects has it."

@@ -9,7 +9,7 @@ import dagster as dg
 
 from dagster_mao.dagster.assets import IO_MANAGER, asset_keys, build_assets
 from dagster_mao.dagster.breakers import BreakerAlert, build_breaker_sensor, guarded_agents
-from dagster_mao.dagster.checks import build_chain_checks, checks_of_all
+from dagster_mao.dagster.checks import LAG, build_chain_checks, checks_of_all
 from dagster_mao.dagster.io_manager import StateIOManager
 from dagster_mao.dagster.policies import POLICIES, PolicyOverrides
 from dagster_mao.dagster.reconciling import build_compensation_sensor
@@ -47,10 +47,12 @@ def build_definitions(
     status = dg.DefaultScheduleStatus.RUNNING if scheduled else dg.DefaultScheduleStatus.STOPPED
     schedule = build_schedule(pipeline, job, default_status=status) if job else None
     sensors = [build_breaker_sensor(pipeline, alert)] if guarded_agents(pipeline) else []
-    agent_jobs = []
+    agent_jobs, checks = [], build_chain_checks(pipeline)
     if pipeline.mode != "orchestration":
-        from dagster_mao.dagster import choreography  # SQLAlchemy, which not every pipeline needs
+        from dagster_mao.dagster import choreography, lag  # SQLAlchemy, which not every pipeline needs
 
+        checks.append(lag.build_lag_checks(pipeline))
+        sensors.append(lag.build_lag_sensor(pipeline))
         agent_jobs = choreography.build_agent_jobs(pipeline)
         sensors += choreography.build_subscriber_sensors(pipeline)
         if pipeline.inbox is not None:
@@ -64,7 +66,7 @@ def build_definitions(
         sensors.append(build_compensation_sensor(pipeline))
     return dg.Definitions(
         assets=assets,
-        asset_checks=build_chain_checks(pipeline),
+        asset_checks=checks,
         jobs=[*([job] if job else []), *agent_jobs, *compensating],
         schedules=[schedule] if schedule else [],
         sensors=sensors,
@@ -81,6 +83,8 @@ def build_job(pipeline: Pipeline) -> Any:
     keys = [key for agent in agents for key in asset_keys(pipeline, agent)]
     own = dg.AssetSelection.assets(*keys)
     everywhere = checks_of_all(pipeline)
+    if pipeline.inbox is not None:
+        everywhere.append(dg.AssetCheckKey(dg.AssetKey([pipeline.name, pipeline.entry.name]), LAG))
     return dg.define_asset_job(
         f"{pipeline.name}_job",
         selection=own - dg.AssetSelection.checks(*everywhere) if everywhere else own,

@@ -44,7 +44,7 @@ def daily(folder: Path, instance: dg.DagsterInstance, **changes: Any) -> Theatre
 
 def test_each_agent_has_a_job_and_a_sensor_that_runs_from_the_start_and_the_pipeline_s_job_is_the_entry(theatre: Theatre) -> None:
     sensors = {sensor.name: sensor for sensor in theatre.defs.sensors or ()}
-    assert sensors.keys() == {f"loans__{agent}_sensor" for agent in ("score", "income", "risk", "approval")}
+    assert sensors.keys() == {f"loans__{agent}_sensor" for agent in ("score", "income", "risk", "approval", "lag")}
     assert {sensor.default_status for sensor in sensors.values()} == {dg.DefaultSensorStatus.RUNNING}
     repository = theatre.defs.get_repository_def()
     assert {"loans_job", *(f"loans__{agent}_job" for agent in ("score", "income", "risk", "approval"))} <= set(repository.job_names)
