@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,11 @@ def test_what_is_piped_in_slowly_is_accepted_as_it_comes(store: StateStore) -> N
     assert child.stdin is not None
     child.stdin.write(jsonl(EVENTS[:1]).encode() + b'{"id": "A1", ')
     child.stdin.flush()
+    deadline = time.monotonic() + 240
     while not cut(store, PIPELINE):  # before the pipe is closed
         assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     child.stdin.write(b'"amount": 1}\n')
     out, _ = child.communicate(timeout=120)
     assert b"2 events accepted" in out

@@ -6,6 +6,7 @@ import datetime as dt
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -308,7 +309,7 @@ def test_threads_that_submit_together_are_committed_together(shared_state: State
             thread.start()
         begin.wait()
         while len(desk._waiting) < 8:
-            pass
+            time.sleep(0.01)
     for thread in threads:
         thread.join()
     assert commits == [8]
