@@ -78,7 +78,7 @@ class CallLog:
     def summary(self) -> CallSummary:
         """What it all came to."""
         self.settle()
-        return CallSummary.of(self._rows.scan()) if self._rows.rows else CallSummary()
+        return CallSummary.of(self._rows.rows_held()) if self._rows.rows else CallSummary()
 
     def begin(self) -> None:
         """Begins to write what there is to the table, while the step goes on to its seal."""

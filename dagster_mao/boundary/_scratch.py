@@ -60,8 +60,12 @@ class Spool:
 
     def scan(self) -> pl.LazyFrame:
         """All rows, in order."""
-        parts = [pl.scan_parquet(file) for file in self._files]
-        return pl.concat([*parts, pl.concat([pl.DataFrame(schema=self._schema), *self._held]).lazy()])
+        return self.rows_held().lazy()
+
+    def rows_held(self) -> pl.DataFrame | pl.LazyFrame:
+        """The same, as a frame in memory where all of it is there."""
+        held = pl.concat([pl.DataFrame(schema=self._schema), *self._held])
+        return pl.concat([*(pl.scan_parquet(file) for file in self._files), held.lazy()]) if self._files else held
 
 
 def slices(scratch: Scratch, frame: pl.LazyFrame, rows: int, size: int) -> Iterator[pl.DataFrame]:

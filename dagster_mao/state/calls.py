@@ -49,6 +49,7 @@ CALLS_SCHEMA = pl.Schema(_COLUMNS)
 _MADE = ("answered", "failed", "timed_out")  # the outcomes of tries that were made
 _ONE_TRY = ["call", "run_id", "number", "started", "outcome"]
 _TRIES = 50
+_SMALL_BYTES = 1 << 20  # of a file that is read whole: the streaming engine begins with milliseconds
 
 # As the agents' own tables: checkpoints are frequent and the commits behind them are dropped, because an append slows with their number.
 _PROPERTIES = {
@@ -102,7 +103,8 @@ class CallSummary(BaseModel):
             **{name: pl.col(name).sum() for name in ("input_tokens", "output_tokens")},
             cost=pl.col("cost").sum().round(9),  # sums of floats end in noise
         )
-        row = told.collect(engine="streaming").row(0, named=True)
+        # What is in memory is summed up there: the streaming engine begins with milliseconds.
+        row = told.collect(engine="in-memory" if isinstance(calls, pl.DataFrame) else "streaming").row(0, named=True)
         errors = row["failed"] + row["timed_out"]
         return cls(**row, error_rate=errors / row["tries"] if row["tries"] else 0.0)
 
@@ -130,7 +132,7 @@ class CallsTable:
         return True
 
     def _add(self, batch: Staged) -> None:
-        stats = _statistics(batch.scan())
+        stats = _statistics(batch)
         if not stats["numRecords"]:
             return
         name = f"{batch.digest}.parquet"
@@ -190,16 +192,16 @@ class CallsTable:
             )
 
 
-def _statistics(rows: pl.LazyFrame) -> dict[str, object]:
+def _statistics(batch: Staged) -> dict[str, object]:
     """What lets a reader skip the file: workflow and time. Delta keeps milliseconds, so the latest is told a millisecond later."""
     first, last = pl.col("started").min(), pl.col("started").max() + dt.timedelta(milliseconds=1)
-    told = rows.select(
+    told = batch.scan().select(
         pl.len().alias("rows"),
         pl.col("workflow_id").min().alias("from"),
         pl.col("workflow_id").max().alias("to"),
         *(moment.dt.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").alias(name) for name, moment in (("first", first), ("last", last))),
     )
-    row = told.collect(engine="streaming").row(0, named=True)
+    row = told.collect(engine="in-memory" if batch.size_bytes <= _SMALL_BYTES else "streaming").row(0, named=True)
     return {
         "numRecords": row["rows"],
         "minValues": {"workflow_id": row["from"], "started": row["first"]},
