@@ -92,6 +92,18 @@ def test_without_a_word_the_batch_fails_and_its_answers_are_kept(local_store: St
     assert side.asked == {"i0": 1, "i1": 1, "i2": 3, "i3": 1, "i4": 1, "i5": 1}
 
 
+@ways
+def test_agents_that_lean_on_one_side_share_one_breaker(local_store: StateStore, way: str) -> None:
+    shared = mao.Policy(breaker=mao.Breaker(fail_max=2, reset_timeout=600, name="bureau"), retries=3, **QUICK)
+    pipeline = shop(pricing(way, policy=shared, concurrency=1), pricing(way, name="rating", policy=shared))
+    one, side, untouched = Run(local_store, pipeline, "one"), Side(failing("i0")), Side()
+    one.enter(batch(3))
+    for name, asked in (("pricing", side), ("rating", untouched)):
+        with pytest.raises(BreakerOpenError, match="'bureau'"):
+            one.step(name, resources={"side": asked})
+    assert (side.asked, untouched.asked) == ({"i0": 2}, {})
+
+
 # -- the fallback answers --------------------------------------------------------------------------------------------------------------
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,8 +18,8 @@ from dagster_mao.errors import RateLimitError, StoreError
 from dagster_mao.gateway._limit import Grant, Limiter, Permit, merged
 from dagster_mao.gateway._quota import Quota
 from dagster_mao.gateway._shared import SharedStore
+from tests.gateway.crew import Member
 
-SPAWN = multiprocessing.get_context("spawn")
 START = 1_700_000_000.0
 
 
@@ -323,43 +322,50 @@ def test_merging_forgets_no_permit_and_frees_none_earlier() -> None:
 # -- processes -----------------------------------------------------------------------------------------------------------------------
 
 
-def user(shared: SharedStore | None, calls: int, seconds: float, number: int, began: Any, uses: Any) -> None:
-    """A process that reserves as fast as it can."""
-    limiter: Any = InMemory(calls, seconds) if shared is None else Limiter(shared, "api", calls, seconds)
-    began.wait()
+class Witnessed(Limiter):
+    """Knows what it was granted last."""
+
+    granted: Grant
+
+    def _write(self, connection: Any, now: int, number: int, grants: Sequence[Grant]) -> None:
+        self.granted = grants[-1]
+        super()._write(connection, now, number, grants)
+
+
+def used(shared: SharedStore | None, calls: int, seconds: float, number: int) -> list[tuple[float, int]]:
+    """What a process uses that reserves as fast as it can, by the clock of the database: every second permit as late as may be."""
+    if shared is None:
+        naive = InMemory(calls, seconds)
+        return [(time.monotonic() + naive.reserve(), 1) for _ in range(number)]
+    limiter = Witnessed(shared, "api", calls, seconds)
     found = []
-    for _ in range(number):
-        wait = limiter.reserve()
-        found.append((time.time() + wait, 1))
-    uses.put(found)
-
-
-def used_by_eight(shared: SharedStore | None, calls: int, seconds: float, number: int) -> list[tuple[float, int]]:
-    began, uses = SPAWN.Barrier(8), SPAWN.Queue()
-    processes = [SPAWN.Process(target=user, args=(shared, calls, seconds, number, began, uses), daemon=True) for _ in range(8)]
-    for process in processes:
-        process.start()
-    found = [use for _ in processes for use in uses.get(timeout=120)]
-    for process in processes:
-        process.join(30)
+    for n in range(number):
+        limiter.reserve()
+        found.append((limiter.granted.start / 1e6 + n % 2 * limiter.slack, 1))
+    shared.close()
     return found
 
 
-@pytest.mark.slow
-def test_eight_processes_keep_one_limit(shared: SharedStore) -> None:
-    uses = used_by_eight(shared, 60, 60.0, 25)
+def used_by_eight(crew: list[Member], shared: SharedStore | None, calls: int, seconds: float, number: int) -> list[tuple[float, int]]:
+    for member in crew:
+        member.start("run", used, shared, calls, seconds, number)
+    told = [member.reply() for member in crew]
+    assert all(isinstance(uses, list) for uses in told), told
+    return [use for uses in told for use in uses]
+
+
+def test_eight_processes_keep_one_limit(crew: list[Member], shared: SharedStore) -> None:
+    uses = used_by_eight(crew, shared, 60, 60.0, 25)
     assert len(uses) == 200
     assert most_in_a_window(uses, 60.0) == 60
 
 
-@pytest.mark.slow
-def test_eight_processes_with_blocks_keep_one_limit(shared: SharedStore) -> None:
-    assert most_in_a_window(used_by_eight(shared, 6_000, 60.0, 1_500), 60.0) <= 6_000
+def test_eight_processes_with_blocks_keep_one_limit(crew: list[Member], shared: SharedStore) -> None:
+    assert most_in_a_window(used_by_eight(crew, shared, 6_000, 60.0, 1_500), 60.0) <= 6_000
 
 
-@pytest.mark.slow
-def test_eight_limiters_in_memory_allow_eight_times_as_much() -> None:
-    assert most_in_a_window(used_by_eight(None, 20, 60.0, 25), 60.0) >= 8 * 20
+def test_eight_limiters_in_memory_allow_eight_times_as_much(crew: list[Member]) -> None:
+    assert most_in_a_window(used_by_eight(crew, None, 20, 60.0, 25), 60.0) >= 8 * 20
 
 
 def test_what_a_process_holds_does_not_survive_a_fork(store: SharedStore, clock: Time) -> None:
