@@ -6,6 +6,7 @@ written together with the cursor, so that both are lost together, and read from 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from dagster_mao.agent import MicroBatch
 from dagster_mao.choreography import _batches
 from dagster_mao.choreography._batches import Batch, Hold
 from dagster_mao.choreography._due import Standing, Subscriber, history, standings
-from dagster_mao.choreography._tables import BATCHES, DELIVERIES, SUBSCRIBERS, insert_if_absent, parts, shared
+from dagster_mao.choreography._tables import BATCHES, DELIVERIES, JOINS, SUBSCRIBERS, insert_if_absent, parts, shared
 from dagster_mao.gateway._shared import SharedStore
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import StateStore
@@ -104,6 +105,23 @@ def _note(connection: sa.Connection, now: float, subscriber: Subscriber, stood: 
             connection.execute(sa.update(DELIVERIES).where(DELIVERIES.c.id.in_(part)).values(state=state, at=now))
     for rows in parts(new):
         insert_if_absent(connection, DELIVERIES, rows)
+    _note_joins(connection, subscriber, stood, rebuild=rebuild)
+
+
+def _note_joins(connection: sa.Connection, subscriber: Subscriber, stood: Mapping[str, Standing], *, rebuild: bool) -> None:
+    """What it waits for, so that whoever asks how it stands need not read the whole log."""
+    if rebuild:
+        connection.execute(sa.delete(JOINS).where(_is(JOINS, subscriber)))
+    for part in [] if rebuild else parts(sorted(stood)):
+        connection.execute(sa.delete(JOINS).where(_is(JOINS, subscriber), JOINS.c.workflow_id.in_(part)))
+    told = {"pipeline": subscriber.pipeline, "agent": subscriber.agent}
+    joining = [
+        {**told, "workflow_id": name, "missing": json.dumps(one.missing), "since": one.since.timestamp()}
+        for name, one in stood.items()
+        if one.missing and one.since is not None
+    ]
+    for rows in parts(joining):
+        connection.execute(sa.insert(JOINS), list(rows))
 
 
 def _should_be(row: Any, standing: Standing, *, rebuild: bool) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+import polars as pl
 import sqlalchemy as sa
 
 from dagster_mao.choreography._deliveries import MOST_DEATHS
-from dagster_mao.choreography._due import Brief, Standing, Subscriber, by_workflow, standing, subscribers
-from dagster_mao.choreography._tables import BATCHES, DELIVERIES, INBOX, SUBSCRIBERS, shared
+from dagster_mao.choreography._due import Standing, Subscriber, history, standings, subscribers
+from dagster_mao.choreography._tables import BATCHES, DELIVERIES, INBOX, JOINS, SUBSCRIBERS, shared
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import StateStore
 
@@ -70,24 +72,29 @@ class SubscriberState:
 def lag(store: StateStore, pipeline: Pipeline, *, stuck_after: float = STUCK_AFTER) -> list[SubscriberState]:
     """How each subscriber of a pipeline stands, in topological order, after its inbox, if it has one.
 
-    By the state log; of what is not sealed, the database says what is in flight and what failed. `stuck_after`: for how many seconds a
-    join may wait for what is under way. Reads the whole log of the pipeline, changes nothing. Raises `StoreError`.
+    By what its last look noted, and what was sealed since; by the whole log only where it has never looked, or its notes are lost.
+    `stuck_after`: for how many seconds a join may wait for what is under way. Changes nothing. Raises `StoreError`.
     """
     noted = _Noted.of(store, pipeline)
-    workflows = by_workflow(store.sealed(pipeline.name)) if noted.who else {}
-    stood = {one.agent: _standings(workflows, one) for one in noted.who}
+    stood = _stood(store, noted)
     states = [_state(one, stood, noted, stuck_after) for one in noted.who]
     return [*([_of_inbox(pipeline, noted, stuck_after)] if pipeline.inbox is not None else []), *states]
 
 
-class _Delivered(NamedTuple):
+class _Open(NamedTuple):
+    """What a subscriber has open with a workflow. `state`: waiting, claimed, failed (by `error`), or joining (`missing`)."""
+
     state: str
-    error: str | None
+    since: float
+    parents: str = ""
+    error: str | None = None
+    missing: tuple[str, ...] = ()
 
 
 class _Looked(NamedTuple):
     beat: float
     every: float | None
+    cursor: str
 
 
 class _Waiting(NamedTuple):
@@ -101,11 +108,11 @@ class _Waiting(NamedTuple):
 
 @dataclass(frozen=True)
 class _Noted:
-    """What the database says: of deliveries only those that are in flight or failed."""
+    """What the database says: by agent and workflow what was open at its last look, and what became of it since."""
 
     now: float
     who: tuple[Subscriber, ...]
-    deliveries: Mapping[tuple[str, str, str], _Delivered]
+    open: Mapping[str, Mapping[str, _Open]]
     refused: Mapping[str, int]
     looked: Mapping[str, _Looked]
     waiting: _Waiting
@@ -115,19 +122,16 @@ class _Noted:
         database, who = shared(store), subscribers(pipeline)
         if not database.holds(SUBSCRIBERS):  # nobody has looked yet
             return cls(dt.datetime.now(dt.timezone.utc).timestamp(), who, {}, {}, {}, _Waiting())
-        mine = DELIVERIES.c.pipeline == pipeline.name
-        told = DELIVERIES.c
-        wanted = sa.select(told.agent, told.workflow_id, told.parents, told.state, told.error)
-        refused = sa.select(DELIVERIES.c.agent, sa.func.sum(DELIVERIES.c.refused)).where(mine).group_by(DELIVERIES.c.agent)
-        looked = sa.select(SUBSCRIBERS.c.agent, SUBSCRIBERS.c.beat, SUBSCRIBERS.c.every).where(SUBSCRIBERS.c.pipeline == pipeline.name)
+        counted = sa.select(DELIVERIES.c.agent, sa.func.sum(DELIVERIES.c.refused)).where(DELIVERIES.c.pipeline == pipeline.name)
+        told = SUBSCRIBERS.c
+        looked = sa.select(told.agent, told.beat, told.every, told.cursor).where(told.pipeline == pipeline.name)
         with database.reading() as connection:
-            rows = connection.execute(wanted.where(mine, DELIVERIES.c.state.in_(["claimed", "failed"]))).all()
             return cls(
                 database.now(connection),
                 who,
-                {(row.agent, row.workflow_id, row.parents): _Delivered(row.state, row.error) for row in rows},
-                {agent: int(count) for agent, count in connection.execute(refused).all()},
-                {row.agent: _Looked(row.beat, row.every) for row in connection.execute(looked)},
+                _noted(connection, pipeline.name),
+                {agent: int(count) for agent, count in connection.execute(counted.group_by(DELIVERIES.c.agent)).all()},
+                {agent: _Looked(*row) for agent, *row in connection.execute(looked)},
                 _inbox(connection, pipeline),
             )
 
@@ -139,6 +143,19 @@ class _Noted:
         silent = self.now - looked.beat
         is_dead = looked.every is not None and silent > max(_INTERVALS * looked.every, _AT_LEAST)
         return {"beat": dt.datetime.fromtimestamp(looked.beat, dt.timezone.utc), "every": looked.every, "is_dead": is_dead}
+
+
+def _noted(connection: sa.Connection, pipeline: str) -> dict[str, dict[str, _Open]]:
+    found: dict[str, dict[str, _Open]] = {}
+    joins = sa.select(JOINS.c.agent, JOINS.c.workflow_id, JOINS.c.since, JOINS.c.missing).where(JOINS.c.pipeline == pipeline)
+    for agent, workflow, since, missing in connection.execute(joins):
+        found.setdefault(agent, {})[workflow] = _Open("joining", since, missing=tuple(json.loads(missing)))
+    told = DELIVERIES.c
+    wanted = sa.select(told.agent, told.workflow_id, told.state, told.since, told.parents, told.error)
+    wanted = wanted.where(told.pipeline == pipeline, told.state.in_(["waiting", "claimed", "failed"]))
+    for agent, workflow, state, since, parents, error in connection.execute(wanted.order_by(told.id)):
+        found.setdefault(agent, {})[workflow] = _Open(state, since, parents, error)
+    return found
 
 
 def _inbox(connection: sa.Connection, pipeline: Pipeline) -> _Waiting:
@@ -163,55 +180,70 @@ def _of_inbox(pipeline: Pipeline, noted: _Noted, stuck_after: float) -> Subscrib
 # -- by the log ----------------------------------------------------------------------------------------------------------------------
 
 
-def _standings(workflows: Mapping[str, Sequence[Brief]], subscriber: Subscriber) -> dict[str, Standing]:
-    """Where it has something to do, or to wait for."""
-    stood = ((name, standing(name, seals, subscriber)) for name, seals in workflows.items())
-    return {name: one for name, one in stood if one.due is not None or one.missing}
+def _stood(store: StateStore, noted: _Noted) -> dict[str, dict[str, _Open]]:
+    """By agent and workflow what is open now: as noted, unless the log has something newer."""
+    stood, read = dict[str, dict[str, _Open]](), dict[str, pl.DataFrame]()
+    for one in noted.who:
+        cursor = noted.looked[one.agent].cursor if one.agent in noted.looked else ""
+        if cursor not in read:
+            read[cursor], _ = store.sealed_since(cursor, one.pipeline)
+        newer = standings(history(store, one, read[cursor], whole=not cursor), one)
+        before = noted.open.get(one.agent, {})
+        found = {name: told for name, told in before.items() if name not in newer and cursor}
+        for name, standing in newer.items():
+            if (told := _of_standing(standing, before.get(name))) is not None:
+                found[name] = told
+        stood[one.agent] = found
+    return stood
 
 
-def _state(subscriber: Subscriber, stood: Mapping[str, Mapping[str, Standing]], noted: _Noted, stuck_after: float) -> SubscriberState:
-    agent, mine = subscriber.agent, stood[subscriber.agent]
-    told = {name: noted.deliveries.get((agent, name, one.due.digest)) for name, one in mine.items() if one.due is not None}
-    errors = Counter(one.error or "?" for one in told.values() if one is not None and one.state == "failed")
-    due = [mine[name].due for name, one in told.items() if one is None or one.state != "failed"]
-    oldest = max((max(0.0, noted.now - one.since.timestamp()) for one in due if one is not None), default=None)
-    joining = {name: one for name, one in mine.items() if one.missing}
+def _of_standing(standing: Standing, before: _Open | None) -> _Open | None:
+    if standing.due is not None:
+        is_noted = before is not None and before.parents == standing.due.digest
+        return before if is_noted else _Open("waiting", standing.due.since.timestamp())
+    if standing.missing and standing.since is not None:
+        return _Open("joining", standing.since.timestamp(), missing=standing.missing)
+    return None
+
+
+def _state(subscriber: Subscriber, stood: Mapping[str, Mapping[str, _Open]], noted: _Noted, stuck_after: float) -> SubscriberState:
+    agent, states = subscriber.agent, Counter(one.state for one in stood[subscriber.agent].values())
+    mine = stood[agent]
+    errors = Counter(one.error or "?" for one in mine.values() if one.state == "failed")
+    due = [one for one in mine.values() if one.state in ("waiting", "claimed")]
+    oldest = max((max(0.0, noted.now - one.since) for one in due), default=None)
     return SubscriberState(
         subscriber.pipeline,
         agent,
         due=len(due),
         oldest=oldest,
-        in_flight=sum(one is not None and one.state == "claimed" for one in told.values()),
-        failed=errors.total(),
+        in_flight=states["claimed"],
+        failed=states["failed"],
         errors=dict(sorted(errors.items())),
         refused=noted.refused.get(agent, 0),
-        joining=len(joining),
-        stuck=tuple(_stuck(joining, stood, noted, stuck_after)),
+        joining=states["joining"],
+        stuck=tuple(_stuck(mine, stood, noted, stuck_after)),
         **noted.life(agent, oldest, stuck_after),
     )
 
 
-def _stuck(
-    joining: Mapping[str, Standing], stood: Mapping[str, Mapping[str, Standing]], noted: _Noted, stuck_after: float
-) -> Iterable[Stuck]:
-    for name, one in sorted(joining.items()):
-        causes = [_cause(agent, name, stood, noted) for agent in one.missing]
-        assert one.since is not None
-        if any(failed for failed, _ in causes) or noted.now - one.since.timestamp() > stuck_after:
-            yield Stuck(name, one.missing, one.since, "; ".join(dict.fromkeys(why for _, why in causes)))
+def _stuck(mine: Mapping[str, _Open], stood: Mapping[str, Mapping[str, _Open]], noted: _Noted, stuck_after: float) -> Iterable[Stuck]:
+    for name, one in sorted(mine.items()):
+        causes = [_cause(agent, name, stood) for agent in one.missing]
+        if causes and (any(failed for failed, _ in causes) or noted.now - one.since > stuck_after):
+            since = dt.datetime.fromtimestamp(one.since, dt.timezone.utc)
+            yield Stuck(name, one.missing, since, "; ".join(dict.fromkeys(why for _, why in causes)))
 
 
-def _cause(agent: str, workflow: str, stood: Mapping[str, Mapping[str, Standing]], noted: _Noted) -> tuple[bool, str]:
+def _cause(agent: str, workflow: str, stood: Mapping[str, Mapping[str, _Open]]) -> tuple[bool, str]:
     """Whether what is missing has failed, or waits for what has; and what is the matter with it."""
     if agent not in stood:
         return False, f"{agent} is sealed elsewhere, and was not"
-    one = stood[agent].get(workflow, Standing())
-    if one.due is not None:
-        told = noted.deliveries.get((agent, workflow, one.due.digest))
-        if told is None:
-            return False, f"{agent} is due"
-        return told.state == "failed", f"{agent} failed ({told.error})" if told.state == "failed" else f"{agent} is in flight"
-    below = [_cause(upstream, workflow, stood, noted) for upstream in one.missing]
-    if not below:
+    one = stood[agent].get(workflow)
+    if one is None:
         return False, f"{agent} has nothing to read"
+    if one.state != "joining":
+        told = {"waiting": "is due", "claimed": "is in flight"}.get(one.state, f"failed ({one.error})")
+        return one.state == "failed", f"{agent} {told}"
+    below = [_cause(upstream, workflow, stood) for upstream in one.missing]
     return any(failed for failed, _ in below), "; ".join(why for _, why in below)

@@ -54,6 +54,16 @@ _open = DELIVERIES.c.state != "done"
 sa.Index("mao_deliveries_open", DELIVERIES.c.pipeline, DELIVERIES.c.agent, DELIVERIES.c.state, sqlite_where=_open, postgresql_where=_open)
 sa.Index("mao_deliveries_batch", DELIVERIES.c.batch)
 
+JOINS = sa.Table(
+    "mao_joins",
+    METADATA,
+    sa.Column("pipeline", sa.Text, primary_key=True),
+    sa.Column("agent", sa.Text, primary_key=True),
+    sa.Column("workflow_id", sa.Text, primary_key=True),
+    sa.Column("missing", sa.Text, nullable=False),  # names of agents, as JSON: what of that which it reads is not sealed
+    sa.Column("since", sa.Double, nullable=False),  # when the first of the others was
+)
+
 BATCHES = sa.Table(
     "mao_batches",
     METADATA,

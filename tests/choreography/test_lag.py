@@ -164,6 +164,28 @@ def test_the_log_counts_whatever_was_lost_of_the_database(local_store: StateStor
     assert (states(local_store)["score"].due, states(local_store)["score"].in_flight) == (2, 0)
 
 
+def test_what_was_looked_at_is_not_read_again(local_store: StateStore, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole log is read for one who never looked, and for nobody else."""
+    pipeline, cursors = loans(micro_batch=EAGER), list[str]()
+    arrive(local_store, "w1", "w2")
+    ledger.fail("income loans/w1")
+    drain(local_store, pipeline, resources={"ledger": ledger})
+    arrive(local_store, "w3")
+    before = lag(local_store, pipeline)
+    sealed_since = StateStore.sealed_since
+    monkeypatch.setattr(StateStore, "sealed_since", lambda self, *given: cursors.append(given[0]) or sealed_since(self, *given))
+    after = lag(local_store, pipeline)
+    assert cursors
+    assert all(cursors)
+    same = ("agent", "due", "in_flight", "failed", "joining", "stuck")
+    assert [[getattr(one, name) for name in same] for one in before] == [[getattr(one, name) for name in same] for one in after]
+    assert [(one.due, one.failed, one.joining, len(one.stuck)) for one in after] == [(1, 0, 0, 0), (1, 1, 0, 0), (0, 0, 1, 1), (0, 0, 2, 1)]
+    with shared(local_store).transaction() as connection:
+        connection.execute(sa.update(SUBSCRIBERS).values(cursor=""))  # whoever reads the whole log finds the same
+    assert [one.stuck for one in lag(local_store, pipeline)] == [one.stuck for one in after]
+    assert "" in cursors
+
+
 def test_an_inbox_stands_first_and_is_counted_in_events(local_store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = loans(inbox=mao.MicroBatch(size=2, wait=60))
     submit(local_store, pipeline, [{"id": name, "amount": 1.0} for name in "ABC"])
