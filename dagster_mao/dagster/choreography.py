@@ -5,6 +5,7 @@ Its cursor and its run keys may be lost.
 """
 
 import datetime as dt
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from dagster_mao.configuration import config_digest
 from dagster_mao.dagster.anchors import SEAL_DIGEST
 from dagster_mao.dagster.assets import op_name
 from dagster_mao.dagster.endings import standing
+from dagster_mao.dagster.metadata import of_pattern
 from dagster_mao.dagster.policies import POLICIES
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import BATCH_TAG, WORKFLOWS_TAGGED, is_fresh, workflow_tags
@@ -45,8 +47,13 @@ from dagster_mao.state import Seal, StateStore
 RUNS_AT_ONCE = 4
 """Runs of one agent that may be queued or at work at a time. A backlog waits in batches, not in Dagster's queue."""
 
+STARTS_WITHIN = 120.0
+"""Seconds. A run that has not started by then is taken for dead, and its batch is launched again. Should it start later, it does nothing.
+"""
+
 _CLOCKS = 60.0  # seconds by which those of a sealer and of Dagster may differ
 
+_LAUNCHED = (dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING)
 _UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.QUEUED,
@@ -90,6 +97,7 @@ def build_agent_job(pipeline: Pipeline, agent: str) -> dg.JobDefinition:
     @dg.job(
         name=agent_job_name(pipeline.name, agent),
         description=f"{agent} over the workflows of a batch: it starts by itself, when {reads} is sealed.",
+        metadata=of_pattern(pipeline),
         # One step: a process of its own beside the run's would take longer to start than many a batch.
         executor_def=dg.in_process_executor,
     )
@@ -249,6 +257,11 @@ class _Launcher:
         ]
 
     def _is_over(self, record: dg.RunRecord) -> bool:
+        run = record.dagster_run
+        if run.status in _LAUNCHED and time.time() - record.update_timestamp.timestamp() > STARTS_WITHIN:
+            # Whoever launched it died meanwhile. It would stay so for ever, and hold a place in the queue.
+            self._instance.report_run_failed(run, f"It has not started within {STARTS_WITHIN:.0f} s; its batch is launched again.")
+            return True
         return standing(self._instance, record).waits_for is None
 
     def _abandon(self, run_key: str) -> None:

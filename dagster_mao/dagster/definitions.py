@@ -11,6 +11,7 @@ from dagster_mao.dagster.assets import IO_MANAGER, asset_keys, build_assets
 from dagster_mao.dagster.breakers import BreakerAlert, build_breaker_sensor, guarded_agents
 from dagster_mao.dagster.checks import LAG, build_chain_checks, checks_of_all
 from dagster_mao.dagster.io_manager import StateIOManager
+from dagster_mao.dagster.metadata import of_pattern
 from dagster_mao.dagster.policies import POLICIES, PolicyOverrides
 from dagster_mao.dagster.reconciling import build_compensation_sensor
 from dagster_mao.dagster.resources import STATE_STORE, StateStoreResource
@@ -89,6 +90,7 @@ def build_job(pipeline: Pipeline) -> Any:
         f"{pipeline.name}_job",
         selection=own - dg.AssetSelection.checks(*everywhere) if everywhere else own,
         description=pipeline.description,
+        metadata=of_pattern(pipeline),
     )
 
 

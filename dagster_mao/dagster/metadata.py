@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_mao.advice import advise
 from dagster_mao.agent import Agent, Input
 from dagster_mao.boundary import REPORT, Check
 from dagster_mao.contract import Contract, columns, compare
@@ -67,6 +68,17 @@ def of_agent(pipeline: Pipeline, agent: Agent) -> dict[str, Any]:
         "mao/contract_hash": contract.hash,
         "mao/contract_page": dg.MetadataValue.md(page(contract.describe(), consumers(pipeline, agent))),
         **{f"mao/input_{i.upstream}": dg.MetadataValue.md(_reading(pipeline, i)) for i in agent.inputs},
+    }
+
+
+def of_pattern(pipeline: Pipeline) -> dict[str, Any]:
+    """How the pipeline is coordinated, and which pattern its declaration asks for: of its jobs."""
+    advice = advise(pipeline)
+    return {
+        "mao/mode": dg.MetadataValue.text(pipeline.mode),
+        "mao/advice": dg.MetadataValue.md(advice.as_markdown()),
+        "mao/agents": advice.agents,
+        "mao/connections": dg.MetadataValue.text(f"{advice.connections} of {advice.possible} possible"),
     }
 
 

@@ -18,6 +18,7 @@ from dagster_mao.state import CallSummary, Seal, StateStore
 
 UNPINNED = (FencedError, PinError, StaleStateError, TamperedError)
 _SHOWN = 200  # rows of a table in the UI
+_NO_EVENT = "NULL"  # as Dagster writes it
 _TRACES = 5  # errors of a run whose stack traces are told
 
 
@@ -108,11 +109,11 @@ class Telling:
         partition = self._partition(seal.workflow_id)
         yield from self._evaluations(seal.workflow_id, outcome.checks)
         metadata = of_asset(self._store, self._pipeline, outcome)
-        yield dg.AssetMaterialization(self._key, metadata=metadata, partition=partition, tags=_tags(seal, seal.digest))
+        yield dg.AssetMaterialization(self._key, metadata=metadata, partition=partition, tags=self._tags(seal, seal.digest))
         if self._agent.quarantine is not None:
             aside = of_quarantine(self._store, seal, self._pipeline)
             key, version = quarantine_key(self._pipeline.name, self._agent.name), data_version(seal).value
-            yield dg.AssetMaterialization(key, metadata=aside, partition=partition, tags=_tags(seal, version))
+            yield dg.AssetMaterialization(key, metadata=aside, partition=partition, tags=self._tags(seal, version))
 
     def failed(self, workflow_id: str, error: MaoError, *, again: str = "") -> Iterator[Any]:
         """Nothing was sealed. `again` says when it is tried again; without it, it counts as failed."""
@@ -160,6 +161,31 @@ class Telling:
         key = workflow_id.removeprefix(f"{self._pipeline.name}/")
         return key if key in self._partitions else None
 
+    def _tags(self, seal: Seal, version: str) -> dict[str, str]:
+        """What Dagster adds to the materialisation of a step's output, and tells by what is out of date: here each has its own parents."""
+        told = {
+            "dagster/data_version": version,
+            "dagster/data_version_is_user_provided": "true",
+            "dagster/code_version": seal.agent_version,
+        }
+        partition = self._partition(seal.workflow_id)
+        for parent in seal.parents:
+            key = dg.AssetKey([seal.pipeline, parent.agent])
+            told[f"dagster/input_data_version/{key.to_user_string()}"] = parent.digest
+            told[f"dagster/input_event_pointer/{key.to_user_string()}"] = self._pointer(key, partition, parent.digest)
+        return told
+
+    def _pointer(self, key: dg.AssetKey, partition: str | None, digest: str) -> str:
+        """The event that told of a parent's version, by which Dagster knows of a partition whether something newer came."""
+        if partition is None:
+            return _NO_EVENT
+        wanted = dg.AssetRecordsFilter(key, asset_partitions=[partition])
+        for record in self._context.instance.fetch_materializations(wanted, limit=5).records:
+            told = record.asset_materialization
+            if told is not None and (told.tags or {}).get("dagster/data_version") == digest:
+                return str(record.storage_id)
+        return _NO_EVENT
+
     @cached_property
     def _partitions(self) -> frozenset[str]:
         declared = self._pipeline.partitions_def
@@ -195,17 +221,6 @@ def _counted(failures: Sequence[Failed]) -> str:
 def _named(failures: Sequence[Failed]) -> str:
     told = "; ".join(f"{one.workflow_id} ({one.why})" for one in failures[:10])
     return f"{told}; and {len(failures) - 10} more" if len(failures) > 10 else told
-
-
-def _tags(seal: Seal, version: str) -> dict[str, str]:
-    """What Dagster would add to the materialisation of a step's output: here a step has many, and each its own parents."""
-    inputs = {f"dagster/input_data_version/{seal.pipeline}/{parent.agent}": parent.digest for parent in seal.parents}
-    return {
-        **inputs,
-        "dagster/data_version": version,
-        "dagster/data_version_is_user_provided": "true",
-        "dagster/code_version": seal.agent_version,
-    }
 
 
 def _severity(check: Check) -> dg.AssetCheckSeverity:

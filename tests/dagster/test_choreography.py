@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,18 @@ def test_the_same_agents_in_orchestration_have_neither(tmp_path: Path, instance:
     theatre = Theatre(tmp_path, instance, loans("orchestration"))
     assert not theatre.defs.sensors
     assert [job.name for job in theatre.defs.jobs or ()] == ["loans_job"]
+
+
+@pytest.mark.parametrize("mode", ["orchestration", "choreography", "hybrid"])
+def test_a_job_says_how_its_pipeline_is_coordinated_and_which_pattern_it_asks_for(
+    tmp_path: Path, instance: dg.DagsterInstance, mode: Any
+) -> None:
+    theatre = Theatre(tmp_path, instance, loans(mode))
+    told = theatre.defs.resolve_job_def("loans_job").metadata
+    assert told["mao/mode"].value == mode
+    assert told["mao/advice"].value == mao.advise(theatre.pipeline).as_markdown()
+    if mode != "orchestration":
+        assert theatre.defs.resolve_job_def("loans__risk_job").metadata["mao/advice"] == told["mao/advice"]
 
 
 # -- the way of a workflow -----------------------------------------------------------------------------------------------------------
@@ -184,6 +197,24 @@ def test_a_batch_whose_run_died_before_it_took_it_is_launched_under_another_key(
     assert again.run_key != request.run_key
     assert theatre.launch(again).success
     assert theatre.sealed() == once("w1", agents=["score"])
+
+
+def test_a_run_that_never_starts_is_waited_for_for_two_minutes_and_not_for_ever(theatre: Theatre, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launcher was killed between the launch and the start: Dagster leaves it STARTING, and nobody looks."""
+    theatre.arrive("w1")
+    (request,) = theatre.tick("score")
+    job = theatre.defs.resolve_job_def("loans__score_job")
+    run = theatre.instance.create_run_for_job(job, tags=request.tags, status=dg.DagsterRunStatus.STARTING)
+    assert theatre.tick("score") == []
+    now = time.time()
+    monkeypatch.setattr(choreography.time, "time", lambda: now + choreography.STARTS_WITHIN + 1)
+    theatre.tick("score")
+    (again,) = theatre.tick("score")
+    assert theatre.instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE  # type: ignore[union-attr]
+    monkeypatch.undo()
+    assert theatre.launch(again).success
+    assert theatre.launch(request).success, "should it start after all, it does nothing"
+    assert theatre.ledger.executions == once("w1", agents=["score"])
 
 
 def test_a_batch_whose_run_died_while_it_had_it_goes_on_at_the_next_tick(theatre: Theatre) -> None:

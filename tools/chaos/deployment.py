@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,10 +41,13 @@ def until(found: Callable[[], T], what: str, patience: float = 120) -> T:
 
 
 class Deployment:
-    """`home` is made if it is not there; `module` is the code location."""
+    """`home` is made if it is not there; `modules` are the code locations. With `is_dev` it is a `dagster dev`, else a daemon alone."""
 
-    def __init__(self, home: Path, module: str, environment: dict[str, str], configuration: str = "") -> None:
-        self.home, self.requests, self._module, self._groups = home, home / "requests", module, list[int]()
+    def __init__(
+        self, home: Path, modules: str | Sequence[str], environment: dict[str, str], configuration: str = "", *, is_dev: bool = False
+    ) -> None:
+        self.home, self.requests, self._groups, self._is_dev = home, home / "requests", list[int](), is_dev
+        self._modules = [modules] if isinstance(modules, str) else list(modules)
         self.requests.mkdir(parents=True, exist_ok=True)
         quiet = "telemetry: {enabled: false}\n"
         (home / "dagster.yaml").write_text(quiet + configuration)
@@ -55,7 +58,9 @@ class Deployment:
 
     def start(self) -> None:
         """Starts the daemon; `kill` ends it, and all that it started."""
-        command = [str(Path(sys.executable).parent / "dagster-daemon"), "run", "-m", self._module]
+        programs = Path(sys.executable).parent
+        command = [str(programs / "dagster"), "dev", "--port", "0"] if self._is_dev else [str(programs / "dagster-daemon"), "run"]
+        command += [part for module in self._modules for part in ("-m", module)]
         with (self.home / "daemon.log").open("ab") as log:
             daemon = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
         self._groups.append(daemon.pid)
@@ -95,11 +100,15 @@ class Deployment:
         for pid in [*self.servers(), self._groups[-1]]:
             kill(pid)
 
-    def close(self) -> None:
-        """Ends whatever is left, and waits until nothing is."""
+    def kill_all(self) -> None:
+        """Daemon, code servers and runs, at once."""
         for group in self._groups:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Ends whatever is left."""
+        self.kill_all()
         self.instance.dispose()
 
 
@@ -110,9 +119,11 @@ def kill(pid: int) -> None:
 
 
 @contextmanager
-def deployed(home: Path, module: str, environment: dict[str, str], configuration: str = "") -> Iterator[Deployment]:
+def deployed(
+    home: Path, modules: str | Sequence[str], environment: dict[str, str], configuration: str = "", *, is_dev: bool = False
+) -> Iterator[Deployment]:
     """A running deployment; nothing of it is left behind."""
-    deployment = Deployment(home, module, environment, configuration)
+    deployment = Deployment(home, modules, environment, configuration, is_dev=is_dev)
     try:
         deployment.start()
         yield deployment
