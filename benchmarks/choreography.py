@@ -136,6 +136,8 @@ def ticks() -> None:
             close(store)
             idle = several(lambda: tick(store, PIPELINE, "score"), 20)
             new = several(lambda: tick(store, PIPELINE, "score"), 10, before=lambda: ten(store))
+            for one in subscribers(PIPELINE):
+                tick(store, PIPELINE, one.agent)
             all_ = several(lambda: lag(store, PIPELINE), 3)
             workflows = written // len(AGENTS)
             shown = "   ".join(f"{wall:>8,.0f} {cpu:>9,.0f}" for wall, cpu in (idle, new, look, all_))
