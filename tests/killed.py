@@ -60,8 +60,8 @@ def run(root: str, way: str, name: str) -> Run:
     return Run(StateStore(root), PIPELINES[way], name, root="first" if name != "first" else None)
 
 
-def enter(root: str, way: str) -> None:
-    run(root, way, "first").enter(batch(COUNT))
+def enter(root: str, way: str, count: int = COUNT) -> None:
+    run(root, way, "first").enter(batch(count))
 
 
 def killed() -> None:

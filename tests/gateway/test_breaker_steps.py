@@ -8,16 +8,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from dagster_mao.gateway._breaker import LOOK_EVERY
-from tests.gateway.eight_steps import DECLARED, KINDS, STEPS
+from tests.gateway.eight_steps import DECLARED, STEPS
 
 pytestmark = pytest.mark.slow
 Law = Callable[["Side"], None]
+NAIVE = ("plain", "merely shared")
 
 
 class Side:
@@ -99,9 +101,22 @@ class Side:
 
 
 @pytest.fixture(scope="module")
+def side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
+    """What the witness saw of a run with our breakers."""
+    with seen_by(tmp_path_factory.mktemp("eight_steps"), "ours") as sides:
+        yield sides["ours"]
+
+
+@pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Side]]:
-    """What the witness saw of the run with each kind of breaker."""
-    seen = {kind.replace(" ", "_"): Side(kind == "ours") for kind in KINDS}
+    """The same of a run with each naive kind."""
+    with seen_by(tmp_path_factory.mktemp("eight_steps"), *NAIVE) as sides:
+        yield sides
+
+
+@contextmanager
+def seen_by(folder: Path, *kinds: str) -> Iterator[dict[str, Side]]:
+    seen = {kind.replace(" ", "_"): Side(kind == "ours") for kind in kinds}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -113,10 +128,9 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Side]]
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    folder = tmp_path_factory.mktemp("eight_steps")
     code = "import sys; from tests.gateway.eight_steps import main; main(*sys.argv[1:])"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), f"http://127.0.0.1:{server.server_port}"],
+        [sys.executable, "-c", code, str(folder), f"http://127.0.0.1:{server.server_port}", *kinds],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -142,16 +156,21 @@ def admits_one_probe(side: Side) -> None:
 
 
 @pytest.mark.parametrize("law", [opens_once, makes_few_calls, admits_one_probe])
-def test_over_eight_steps(sides: dict[str, Side], law: Law) -> None:
-    law(sides["ours"])
+def test_over_eight_steps(side: Side, law: Law) -> None:
+    law(side)
 
 
+# The naive kinds break the same laws over eight processes in test_breaker_processes, in seconds; here they take two Dagster runs more.
+
+
+@pytest.mark.long
 def test_what_pybreaker_does_in_eight_steps(sides: dict[str, Side]) -> None:
     """Each step has a breaker of its own."""
     side = sides["plain"]
     assert (side.openings, side.calls.total(), side.probes) == (STEPS, STEPS * DECLARED.fail_max, STEPS)
 
 
+@pytest.mark.long
 def test_what_pybreaker_with_a_shared_storage_does_in_eight_steps(sides: dict[str, Side]) -> None:
     """Each failure from the fifth on opens it again, and half-open it lets everybody through."""
     side = sides["merely_shared"]
@@ -159,6 +178,7 @@ def test_what_pybreaker_with_a_shared_storage_does_in_eight_steps(sides: dict[st
     assert side.probes == STEPS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "law"),
     [
