@@ -72,12 +72,13 @@ class Gateway:
                 policy.tokens_per_call,
             )
 
-    def call(self, function: Callable[..., Any], *args: Any, observe: Observe | None = None, pause: Pause = time.sleep) -> Any:
+    def call(self, function: Callable[..., Any], *args: Any, observe: Observe | None = None, pause: Pause | None = None) -> Any:
         """What the function returns. Raises what its last try raised, `CallTimeoutError`, or `BreakerOpenError`.
 
         `observe` is told each try when it has ended, also one that an open breaker refused; it must not raise. `pause` waits so many
-        seconds, for a limit or the next try; what it raises ends the call, and what was reserved for it is given back.
+        seconds, for a limit or the next try (`time.sleep`); what it raises ends the call, and what was reserved for it is given back.
         """
+        pause = pause or time.sleep
         if self._policy.retries == 0:
             return self._try(function, args, 1, observe, pause)
         return retry_call(self._policy, lambda number: self._try(function, args, number, observe, pause), sleep=pause)
