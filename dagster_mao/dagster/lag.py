@@ -44,7 +44,7 @@ def build_lag_sensor(
 ) -> dg.SensorDefinition:
     """The sensor `<pipeline>__lag_sensor`: tells the check `lag` of each agent that starts by itself, whenever it has changed.
 
-    It reads the whole log of the pipeline, so it ticks seldom. It runs from the start. It requires the resource `state_store`.
+    It runs from the start. It requires the resource `state_store`.
     """
 
     @dg.sensor(
