@@ -25,7 +25,9 @@ from dagster._core.storage.tags import (
 
 _NEVER_STARTED = (dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING)
 _STARTS_WITHIN = 600.0  # seconds; a run that has no process by then will have none
-_RETRIED_WITHIN = 600.0  # seconds in which the daemon makes the retry that it promised; mostly six are enough
+RETRIED_WITHIN = 600.0
+"""Seconds in which the daemon makes the retry that it promised; mostly six are enough."""
+
 _TAGGED_WITHIN = 30.0  # seconds between a run's failure and the tag that says whether it will be retried
 _PROC = Path("/proc")
 
@@ -42,14 +44,14 @@ class Ending(NamedTuple):
         return next((run for run in reversed(self.runs) if run.status != dg.DagsterRunStatus.SUCCESS), None)
 
 
-def ending(instance: dg.DagsterInstance, attempt: str) -> Ending:
+def ending(instance: dg.DagsterInstance, attempt: str, *, retried_within: float = RETRIED_WITHIN) -> Ending:
     """How an attempt, the root run and all its re-executions, stands.
 
     A run whose process is gone, unseen by anybody, is marked as failed: whatever follows a failed run (retries too) then follows it.
     """
     runs, waits = list[dg.DagsterRun](), None
     for record in _records(instance, attempt):
-        told = standing(instance, record)
+        told = standing(instance, record, retried_within=retried_within)
         runs.append(told.run)
         waits = waits or told.waits_for
     return Ending(runs, waits)
@@ -62,12 +64,12 @@ class Standing(NamedTuple):
     waits_for: str | None
 
 
-def standing(instance: dg.DagsterInstance, record: dg.RunRecord) -> Standing:
+def standing(instance: dg.DagsterInstance, record: dg.RunRecord, *, retried_within: float = RETRIED_WITHIN) -> Standing:
     """How a run stands; first it is marked as failed if its process is gone."""
     if not record.dagster_run.is_finished and is_gone(instance, record.dagster_run):
         mark_as_failed(instance, record.dagster_run)
         record = instance.get_run_record_by_id(record.dagster_run.run_id) or record
-    return Standing(record.dagster_run, _waits_for(instance, record))
+    return Standing(record.dagster_run, _waits_for(instance, record, retried_within))
 
 
 def is_gone(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
@@ -92,16 +94,16 @@ def _records(instance: dg.DagsterInstance, attempt: str) -> list[dg.RunRecord]:
     return [*([root] if root else []), *again]
 
 
-def _waits_for(instance: dg.DagsterInstance, record: dg.RunRecord) -> str | None:
+def _waits_for(instance: dg.DagsterInstance, record: dg.RunRecord, retried_within: float) -> str | None:
     run = record.dagster_run
     if not run.is_finished:
         if run.status in _NEVER_STARTED and time.time() - record.create_timestamp.timestamp() > _STARTS_WITHIN:
             return None
         return f"run {run.run_id} is {run.status.value}"
-    return f"run {run.run_id} will be retried" if _retry_is_pending(instance, record) else None
+    return f"run {run.run_id} will be retried" if _retry_is_pending(instance, record, retried_within) else None
 
 
-def _retry_is_pending(instance: dg.DagsterInstance, record: dg.RunRecord) -> bool:
+def _retry_is_pending(instance: dg.DagsterInstance, record: dg.RunRecord, retried_within: float) -> bool:
     run = record.dagster_run
     if run.status != dg.DagsterRunStatus.FAILURE or AUTO_RETRY_RUN_ID_TAG in run.tags:
         return False  # a retry that was made is a run of the attempt by itself
@@ -109,7 +111,7 @@ def _retry_is_pending(instance: dg.DagsterInstance, record: dg.RunRecord) -> boo
     told = run.tags.get(WILL_RETRY_TAG)
     if told is None:
         return instance.run_retries_enabled and since < _TAGGED_WITHIN
-    return told == "true" and since < _RETRIED_WITHIN and _is_kept(instance, run)
+    return told == "true" and since < retried_within and _is_kept(instance, run)
 
 
 def _is_kept(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:

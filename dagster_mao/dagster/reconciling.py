@@ -2,21 +2,20 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import dagster as dg
 
-from dagster_mao.dagster.endings import Ending, ending, standing
+from dagster_mao.dagster.endings import RETRIED_WITHIN, Ending, ending, standing
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import WORKFLOW_TAG
 from dagster_mao.dagster.saga import ATTEMPT_TAG, COMPENSATES_TAG, SUPERSEDED_BY_TAG, job_name, run_config
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.saga import Unfinished, unfinished
 
-TRIES_AN_HOUR = 6
-"""How often a compensation that does not come to its end is started anew within an hour."""
-
-_NOBODYS = 3600.0  # seconds without a sign of life after which an attempt that is no run here is taken for dead
+# Seconds between the end of a compensation that came to none and the next, doubled each time within an hour: soon at first, and no more
+# than a dozen an hour; when what kept them from starting (a code server that is down) is over, ten minutes later at the latest.
+_FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0
 _AT_ONCE = 20  # runs asked for in one tick
 _PRIORITY = "10"  # in the run queue: what is half done goes before what is new
 
@@ -26,13 +25,18 @@ def build_compensation_sensor(
     *,
     minimum_interval_seconds: int = 5,
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.RUNNING,
+    silent_seconds: float = 3600.0,
+    retry_seconds: float = RETRIED_WITHIN,
 ) -> dg.SensorDefinition:
     """The sensor `<pipeline>_compensation`: starts the compensation of attempts that are over and did not complete.
 
-    An attempt is over when all its runs have ended, and no retry of them is due. A compensation that was killed is started again, up to
-    `TRIES_AN_HOUR` times; one that ended as incomplete waits for a person. It keeps nothing in memory or in its cursor, so a tick that is
-    lost costs its seconds only. It runs from the start. It requires the resource `state_store`.
+    An attempt is over when all its runs have ended, and no retry of them is due: one that Dagster promised is waited for at most
+    `retry_seconds`. An attempt that is no run of this instance is taken for dead when the journal has heard nothing of it for
+    `silent_seconds`. A compensation that was killed, or could not be started, is started again: after 10 seconds, then after twice as long
+    each time, up to ten minutes. One that ended as incomplete waits for a person. It keeps nothing in memory or in its cursor, so a tick
+    that is lost costs its seconds only. It runs from the start. It requires the resource `state_store`.
     """
+    patience = Patience(silent_seconds, retry_seconds)
 
     @dg.sensor(
         name=f"{pipeline.name}_compensation",
@@ -49,7 +53,7 @@ def build_compensation_sensor(
         asked, waiting = list[dg.RunRequest](), list[str]()
         for one in unfinished(store, pipeline.name):
             try:
-                due = _due(context.instance, pipeline, one)
+                due = _due(context.instance, pipeline, one, patience)
             except Exception as error:  # whatever is wrong with one attempt, the others are looked at
                 context.log.exception(f"{one.workflow_id}, attempt {one.attempt}: it could not be looked at")
                 due = f"it could not be looked at ({type(error).__name__})"
@@ -64,7 +68,14 @@ def build_compensation_sensor(
     return compensation_sensor
 
 
-def _due(instance: dg.DagsterInstance, pipeline: Pipeline, one: Unfinished) -> dg.RunRequest | str:
+class Patience(NamedTuple):
+    """For how many seconds the silence of an attempt that is no run here is waited out, and the retry that was promised of a run."""
+
+    silence: float
+    retry: float
+
+
+def _due(instance: dg.DagsterInstance, pipeline: Pipeline, one: Unfinished, patience: Patience) -> dg.RunRequest | str:
     """The run that is to be started, or what is waited for."""
     if one.state == "incomplete":
         return "its compensation is incomplete; `dagster-mao compensate --resume` tries again"
@@ -72,13 +83,12 @@ def _due(instance: dg.DagsterInstance, pipeline: Pipeline, one: Unfinished) -> d
     for record in before:
         if waits := standing(instance, record).waits_for:
             return waits
-    lately = sum(time.time() - record.create_timestamp.timestamp() < 3600 for record in before)
-    if lately >= TRIES_AN_HOUR:
-        return f"{lately} compensations were started within an hour, and none came to its end"
+    if waits := _pauses(before):
+        return waits
     if one.lease_until is not None and (left := one.lease_until.timestamp() - time.time()) > 0:
         return f"another compensator holds it for another {left:.0f} s"
-    found = ending(instance, one.attempt)
-    if one.kind == "attempt" and (waits := _not_over(found, one, pipeline)):
+    found = ending(instance, one.attempt, retried_within=patience.retry)
+    if one.kind == "attempt" and (waits := _not_over(found, one, pipeline, patience.silence)):
         return waits
     number = len(before)
     failed = found.failed
@@ -89,7 +99,18 @@ def _due(instance: dg.DagsterInstance, pipeline: Pipeline, one: Unfinished) -> d
     )
 
 
-def _not_over(found: Ending, one: Unfinished, pipeline: Pipeline) -> str | None:
+def _pauses(before: Sequence[dg.RunRecord]) -> str | None:
+    """What is waited for after compensations that came to no end, newest first."""
+    now = time.time()
+    lately = sum(now - record.create_timestamp.timestamp() < 3600 for record in before)
+    if not lately:
+        return None
+    pause = min(_FIRST_PAUSE * 2 ** (lately - 1), _LONGEST_PAUSE)
+    left = (before[0].end_time or before[0].create_timestamp.timestamp()) + pause - now
+    return f"{lately} compensations came to no end within an hour; the next one starts in {left:.0f} s" if left > 0 else None
+
+
+def _not_over(found: Ending, one: Unfinished, pipeline: Pipeline, patience: float) -> str | None:
     if pipeline.mode == "hybrid" and not found.failed:
         # Its runs are of many attempts each: it is over when one of its agents has failed. The fence ends what the others still do for it.
         return None if one.state == "requested" else "its agents are at work, or are started when what they read is sealed"
@@ -97,7 +118,7 @@ def _not_over(found: Ending, one: Unfinished, pipeline: Pipeline) -> str | None:
         return found.waits_for
     if not found.runs:
         silent = time.time() - one.last.timestamp()
-        return f"it is no run of this instance, and was at work {silent:.0f} s ago" if silent < _NOBODYS else None
+        return f"it is no run of this instance, and was at work {silent:.0f} s ago" if silent < patience else None
     return None if found.failed else "all its runs succeeded"
 
 

@@ -7,7 +7,7 @@ import pytest
 from tools.chaos.harness import Chaos
 from tools.chaos.project import store
 from tools.chaos.script import Point, Script
-from tools.chaos.tally import Tally
+from tools.chaos.tally import Standing, Tally
 
 
 def met(folder: Path, *scripts: Script, **options: object) -> Tally:
@@ -39,3 +39,21 @@ def test_undoing_in_the_hook_from_memory_leaves_what_a_killed_run_did(tmp_path):
     assert [line.partition(":")[0] for line in tally.wrong] == ["chaos/w0001"] * 2
     assert tally.missing == 2
     assert not tally.good
+
+
+def test_what_stands_twice_or_not_at_all_is_told_and_what_an_incomplete_compensation_left_is_not_taken_for_a_double():
+    one = ("inquiry", "w0000-0", 100)
+    for should, does, incomplete, doubles, missing, left in (
+        (1, 1, 0, 0, 0, 0),
+        (1, 2, 0, 1, 0, 0),
+        (1, 0, 0, 0, 1, 0),
+        (0, 1, 0, 0, 1, 0),
+        (0, 2, 0, 1, 1, 0),
+        (0, 1, 1, 0, 0, 1),
+        (1, 2, 1, 0, 0, 1),
+        (1, 3, 1, 1, 0, 1),
+    ):
+        tally = Tally()
+        tally._compare("chaos/w0000", Standing({one: should}), Standing({one: does}), incomplete)
+        assert (tally.doubles, tally.missing, tally.left) == (doubles, missing, left), (should, does, incomplete)
+        assert tally.good is (doubles == missing == 0)

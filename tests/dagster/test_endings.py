@@ -112,6 +112,7 @@ def test_a_promised_retry_is_waited_for_while_somebody_keeps_the_promise(tmp_pat
         with monkeypatch.context() as later:
             later.setattr(endings.time, "time", lambda: record.end_time + 601)
             assert ending(instance, attempt).waits_for is None, "not for ever"
+            assert ending(instance, attempt, retried_within=700).waits_for == f"run {attempt} will be retried"
         instance.add_run_tags(attempt, {"dagster/auto_retry_run_id": "the retry"})
         assert ending(instance, attempt).waits_for is None
 

@@ -206,14 +206,35 @@ def test_a_second_compensator_is_refused_while_the_first_one_lives_and_started_a
     assert asked.run_key.endswith(" 1"), "one run of it was there before"
 
 
-def test_tries_are_bounded(failing):
+def test_a_compensation_that_cannot_be_started_is_tried_again_ever_more_slowly_and_not_given_up(failing, monkeypatch):
+    """A code server that is down for a minute must not cost an hour."""
     attempt = failing.attempt()
-    tags = {"mao/attempt": attempt, "mao/workflow": DAY}
-    for _ in range(reconciling_module.TRIES_AN_HOUR):
-        assert len(failing.tick()) == 1
-        run = dg.DagsterRun(job_name="loans_compensate", run_id=str(uuid.uuid4()), tags=tags, status=dg.DagsterRunStatus.FAILURE)
+    assert len(failing.tick()) == 1
+    for pause in (10, 20, 40, 80, 160, 320, 600, 600, 600):
+        run = dg.DagsterRun(
+            job_name="loans_compensate",
+            run_id=str(uuid.uuid4()),
+            tags={"mao/attempt": attempt, "mao/workflow": DAY},
+            status=dg.DagsterRunStatus.STARTING,
+        )
         failing.instance.add_run(run)
-    assert "none came to its end" in failing.tick()
+        failing.instance.report_run_failed(run, "the code server is down")
+        ended = failing.instance.get_run_record_by_id(run.run_id).end_time
+        with monkeypatch.context() as clock:
+            clock.setattr(reconciling_module.time, "time", lambda at=ended + pause - 1: at)
+            assert "the next one starts in 1 s" in failing.tick()
+        with monkeypatch.context() as clock:
+            clock.setattr(reconciling_module.time, "time", lambda at=ended + pause + 1: at)
+            assert len(failing.tick()) == 1
+
+
+def test_for_how_long_silence_and_a_promised_retry_are_waited_out_is_declared(failing, monkeypatch):
+    failing.attempt(run=False)
+    failing.sensor = build_compensation_sensor(PIPELINE, silent_seconds=60)
+    assert "no run of this instance" in failing.tick()
+    later = time.time() + 61
+    monkeypatch.setattr(reconciling_module.time, "time", lambda: later)
+    assert len(failing.tick()) == 1
 
 
 def test_what_is_no_run_here_is_left_alone_until_it_is_silent_for_long(failing, monkeypatch):

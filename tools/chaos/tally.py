@@ -73,8 +73,8 @@ class Tally:
             tally.completed += bool(effective)
             expected = Standing(_expected(store, effective)) if effective else Standing()
             own = Standing({one: count for one, count in standing.items() if one[1].rpartition("-")[0] == file.stem})
-            incomplete = any(saga.state == "incomplete" for saga in of.get(workflow, ()))
-            tally.incomplete += incomplete
+            incomplete = sum(saga.state == "incomplete" for saga in of.get(workflow, ()))
+            tally.incomplete += bool(incomplete)
             tally._compare(workflow, expected, own, incomplete)
         return tally
 
@@ -86,16 +86,17 @@ class Tally:
         """Nothing is doubled or missing, something is left only where an undo was told to fail, and each scripted point was met."""
         return not (self.doubles or self.missing or self.unreached or self.incomplete > self.expected)
 
-    def _compare(self, workflow: str, expected: Standing, own: Standing, incomplete: bool) -> None:
+    def _compare(self, workflow: str, expected: Standing, own: Standing, incomplete: int) -> None:
+        """`incomplete`: of so many attempts something may stand which was to be undone, beside what a later one has had anew."""
         for one in expected.keys() | own.keys():
             should, does = expected[one], own[one]
-            doubled, missing, undone = max(0, does - max(should, 1)), max(0, should - does), max(0, min(does, 1) - should)
-            self.doubles += doubled
-            if incomplete and undone:
-                self.left += undone
-                undone = 0
+            left = max(0, min(does - should, incomplete))
+            missing, surplus = max(0, should - does), does - left - should
+            doubled, undone = (surplus, 0) if should else (max(0, surplus - 1), min(max(surplus, 0), 1))
+            self.left += left
+            self.doubles += max(0, doubled)
             self.missing += missing + undone
-            if doubled or missing or undone:
+            if missing or surplus > 0:
                 self.wrong.append(f"{workflow}: {one} should stand {should} times, and does {does} times")
 
 
