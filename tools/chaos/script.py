@@ -141,7 +141,7 @@ def at_random(choose: random.Random) -> Script:
         else:
             where: Where = choose.choice(("journal", "effect", "seal"))
             script.runs = [Point(where, choose.choice(_WHENS), choose.randint(1, 14), how)]
-    while choose.random() < 0.3:
+    while len(script.compensations) < 3 and choose.random() < 0.3:  # after each, the next one waits longer
         where = choose.choice(("journal", "undo", "seal", "anywhere"))
         n = choose.randrange(800) if where == "anywhere" else choose.randint(1, 10)
         script.compensations.append(Point(where, choose.choice(_WHENS), n))
