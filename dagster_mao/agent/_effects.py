@@ -111,11 +111,6 @@ def _undo(told: dict[str, Any], output: pl.DataFrame | None, inputs: Mapping[str
 # -- what it declares ----------------------------------------------------------------------------------------------------------------
 
 
-def effects_of(agent: Agent) -> EffectKind:
-    """Which effects an agent has: as declared, else "reversible" where it can undo them, else "read_only"."""
-    return agent.effects
-
-
 def undo_resources(agent: Agent) -> tuple[str, ...]:
     """Names of the resources that undoing needs: the keyword-only parameters of `compensate` without a default."""
     compensate = agent.compensate

@@ -7,8 +7,6 @@ import dagster as dg
 from dagster._core.events import EngineEventData
 from pydantic import Field
 
-from dagster_mao.agent._effects import effects_of
-from dagster_mao.agent._effects import undo_resources as undo_resources_of
 from dagster_mao.dagster.anchors import STATE_VERSION
 from dagster_mao.dagster.endings import ending
 from dagster_mao.dagster.resources import STATE_STORE
@@ -39,12 +37,12 @@ _ABOUT = {
 
 def with_effects(pipeline: Pipeline) -> list[str]:
     """The agents that have effects on the world outside, in the pipeline's order."""
-    return [name for name, agent in pipeline.agents.items() if effects_of(agent) != "read_only"]
+    return [name for name, agent in pipeline.agents.items() if agent.effects != "read_only"]
 
 
 def undo_resources(pipeline: Pipeline) -> list[str]:
     """The resources that the agents' `compensate` take."""
-    return list(dict.fromkeys(name for agent in pipeline.agents.values() for name in undo_resources_of(agent)))
+    return list(dict.fromkeys(name for agent in pipeline.agents.values() for name in agent.undo_resources))
 
 
 def job_name(pipeline: str) -> str:

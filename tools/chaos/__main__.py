@@ -19,7 +19,7 @@ from tools.chaos.project import store
 from tools.chaos.script import at_random, deployed, scripted
 from tools.chaos.tally import Tally
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True, width=120)  # the table is wider than 80
 
 
 def main(arguments: list[str]) -> int:
