@@ -10,8 +10,8 @@ TESTS := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
-demo: .venv/.installed ## install, then decide 1 000 real loan applications (DAY=2026-01-02 FILE=data/day_with_errors.csv for others)
-	@$(BIN)/python -m tools.demo $(if $(DAY),--day $(DAY)) $(if $(FILE),--file $(FILE))
+demo: .venv/.installed ## install, then decide 1 000 real loan applications (DAY=2026-01-02 FILE=data/day_with_errors.csv for others, FRESH=1 to ask anew)
+	@$(BIN)/python -m tools.demo $(if $(DAY),--day $(DAY)) $(if $(FILE),--file $(FILE)) $(if $(FRESH),--fresh)
 
 ui: .venv/.installed ## Dagster's UI with the demo's history, until Ctrl-C (make ui PORT=3001 for another port)
 	@exec $(BIN)/python -m tools.ui $(if $(PORT),--port $(PORT))

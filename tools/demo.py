@@ -1,6 +1,7 @@
 """`make demo`: the credit pipeline over 1 000 real applications, on a Dagster instance that remembers; then what came of it.
 
 `make demo DAY=2026-01-02 FILE=data/day_with_errors.csv` decides another day, from another file.
+`make demo FRESH=1` asks anew what is answered already.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="make demo", description="Decides a day's loan applications.")
     options.add_argument("--day", default="2026-01-01", help="from 2026-01-01 on (make demo DAY=…)")
     options.add_argument("--file", help="a CSV file of applications (make demo FILE=…)")
+    options.add_argument("--fresh", action="store_true", help="ask anew what is answered already (make demo FRESH=1)")
     given = options.parse_args()
     if given.file:
         os.environ["CREDIT_APPLICATIONS"] = os.path.abspath(given.file)
@@ -40,7 +42,7 @@ def main() -> int:
 
             from definitions import defs
         with dg.DagsterInstance.get() as instance:
-            succeeded = decide(instance, defs, day)
+            succeeded = decide(instance, defs, day, fresh=given.fresh)
         if succeeded:
             report(home, defs, day)
     console.print(
@@ -63,7 +65,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def decide(instance: Any, defs: Any, day: str) -> bool:
+def decide(instance: Any, defs: Any, day: str, *, fresh: bool) -> bool:
     """Runs everything for one day, as Materialize all does in the UI, and shows which step it is at."""
     import dagster as dg
 
@@ -84,7 +86,8 @@ def decide(instance: Any, defs: Any, day: str) -> bool:
         instance.add_event_listener(run_id, on_event)
         # Dagster would print every failure several times over, with its stack; the UI has it all.
         quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-        result = job.execute_in_process(quiet, instance=instance, partition_key=day, run_id=run_id, raise_on_error=False)
+        tags = {"mao/fresh": "true"} if fresh else {}
+        result = job.execute_in_process(quiet, instance=instance, partition_key=day, run_id=run_id, tags=tags, raise_on_error=False)
         progress.update(steps, description=f"The applications of {day}")
     checks = result.get_asset_check_evaluations()
     console.print(f"Checks: {sum(check.passed for check in checks)} of {len(checks)} passed.")
