@@ -35,6 +35,7 @@ def settled(deployment: Deployment) -> bool:
     return all(run.is_finished for run in deployment.instance.get_runs())
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2 * PATIENCE)
 def test_two_code_locations_drain_a_backlog_once_though_all_processes_are_killed_in_the_middle(tmp_path: Path) -> None:
     store, workflows = StateStore(tmp_path / "state"), ["w0", "w1", "w2"]
