@@ -15,6 +15,7 @@ def met(folder: Path, *scripts: Script, **options: object) -> Tally:
     return Tally.of(folder, store(folder))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # on a busy machine processes take their time
 def test_nothing_is_doubled_or_missing_whatever_dies(tmp_path):
     tally = met(
@@ -30,6 +31,7 @@ def test_nothing_is_doubled_or_missing_whatever_dies(tmp_path):
     assert (tally.doubles, tally.missing) == (0, 0), tally.wrong
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_undoing_in_the_hook_from_memory_leaves_what_a_killed_run_did(tmp_path):
     """The naive version: right where an agent fails, wrong where a process does."""

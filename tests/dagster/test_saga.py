@@ -249,10 +249,10 @@ def test_what_is_wrong_with_one_attempt_does_not_keep_another_waiting(failing, m
     broken, other = failing.attempt(), failing.attempt()
     honest = reconciling_module.ending
 
-    def ending(instance, attempt):
+    def ending(instance, attempt, **patience):
         if attempt == broken:
             raise OSError("secret-4711")
-        return honest(instance, attempt)
+        return honest(instance, attempt, **patience)
 
     monkeypatch.setattr(reconciling_module, "ending", ending)
     (asked,) = failing.tick()

@@ -256,7 +256,7 @@ AMOUNTS = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(AMOUNTS)
 def test_whatever_comes_in_is_accounted_for_doubled_keys_included(records: list[tuple[str, Any]]) -> None:
     result = mao.run(LOANS, [{"application_id": key, "amount": amount} for key, amount in records])

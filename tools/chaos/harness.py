@@ -180,7 +180,7 @@ class Chaos:
             if not worker.process.is_alive():
                 self._workers.remove(worker)
                 assert task is not None
-                assert worker.process.exitcode == -signal.SIGKILL, f"{task}: its process ended by itself"
+                assert worker.process.exitcode == -signal.SIGKILL, f"{task}: its process ended by itself, with {worker.process.exitcode}"
                 self._confirm(task.name, "run" if task.workflow else "compensator", task.point)
                 if self._choose.random() < 0.5:
                     self._given_up(task.run_id)  # else nobody saw it
