@@ -241,7 +241,9 @@ def main() -> None:
     store, pipeline = store_in(folder, told.get("database")), loans(micro_batch=EAGER, inbox=EAGER)
     if "crowd" in told:
         (folder / f"ready-{os.getpid()}").touch()
+        deadline = time.monotonic() + 120
         while len(list(folder.glob("ready-*"))) < told["crowd"]:
+            assert time.monotonic() < deadline, "the others did not come"
             time.sleep(0.01)
     WAYS[told["way"]](folder, store, pipeline)
 

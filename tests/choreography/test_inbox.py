@@ -308,7 +308,9 @@ def test_threads_that_submit_together_are_committed_together(shared_state: State
         for thread in threads:
             thread.start()
         begin.wait()
+        deadline = time.monotonic() + 120
         while len(desk._waiting) < 8:
+            assert time.monotonic() < deadline, "they did not all come"
             time.sleep(0.01)
     for thread in threads:
         thread.join()

@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -37,14 +36,20 @@ class Task(NamedTuple):
 def work(project: str, folder: str, tasks: Connection) -> None:
     """Executes what it is handed, one run after the other, until nothing more can come."""
     instance, defs = _begin(project, folder, f"worker-{os.getpid()}")
-    with suppress(EOFError):
-        while True:
-            task: Task = tasks.recv()
-            disarm = arm(task.point, Path(folder) / "ended" / task.name) if task.point else None
-            (_run if task.workflow else _compensate)(instance, defs, task)
-            if disarm:
-                disarm()
-            tasks.send(task.name)
+    while task := _next(tasks):
+        disarm = arm(task.point, Path(folder) / "ended" / task.name) if task.point else None
+        (_run if task.workflow else _compensate)(instance, defs, task)
+        if disarm:
+            disarm()
+        tasks.send(task.name)
+
+
+def _next(tasks: Connection) -> Task | None:
+    try:
+        told: Task = tasks.recv()
+    except EOFError:
+        return None
+    return told
 
 
 def _run(instance: dg.DagsterInstance, defs: dg.Definitions, task: Task) -> None:
