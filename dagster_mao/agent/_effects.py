@@ -210,6 +210,14 @@ def _check_undo_policy(agent: Agent, policy: Any, compensate: Any) -> None:
             "its `undo_policy` has a fallback or says `when_open`",
             "what cannot be undone now is undone later: drop them",
         )
+    if policy.isolate:
+        # `undo` reads the store and the journal of the process that asks; which is a step of the compensation and nothing else.
+        _wrong(
+            agent,
+            "undo_policy",
+            "its `undo_policy` says `isolate`, and an undo cannot be sent to a child process",
+            "drop it: each undo is a step of its own, and a `timeout` gives it up",
+        )
 
 
 def _ancestors(agents: Mapping[str, Agent], name: str) -> set[str]:

@@ -95,7 +95,8 @@ class CallSummary(BaseModel):
         made, outcome = pl.col("outcome").is_in(_MADE), pl.col("outcome")
         latency = pl.col("latency_seconds").filter(made)
         told = calls.lazy().select(
-            calls=pl.struct("call", "run_id").filter(made).n_unique(),
+            # By 64 bits of each: two of a million are taken for one with a chance of 1 in 30 000 000, in a third of the memory.
+            calls=pl.struct("call", "run_id").hash().filter(made).n_unique(),
             tries=made.sum(),
             **{name: (outcome == name).sum() for name in ("answered", "reused", "failed", "refused", "timed_out")},
             fallbacks=(outcome == "fallback").sum(),

@@ -69,6 +69,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"undo_policy": mao.Policy()}, "undo_policy", "no compensate"),
     ({"compensate": undo_it, "undo_policy": 3}, "undo_policy", "is 3"),
     ({"compensate": undo_it, "undo_policy": mao.Policy(when_open="fail")}, "undo_policy", "when_open"),
+    ({"compensate": undo_it, "undo_policy": mao.Policy(timeout=1, isolate=True)}, "undo_policy", "isolate"),
     ({"compensate": 3}, "compensate", "is 3"),
     ({"compensate": yielding}, "compensate", "generator"),
     ({"compensate": with_inputs}, "compensate", "something else"),
