@@ -271,6 +271,7 @@ def until(happens: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + SECONDS
     while not (found := happens()):
         assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)  # so that it may
     return found
 
 
