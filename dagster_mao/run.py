@@ -14,13 +14,14 @@ from pydantic import BaseModel
 
 from dagster_mao.boundary import Check, run_agent
 from dagster_mao.configuration import config_digest
+from dagster_mao.correlation import WorkflowLog, about
 from dagster_mao.errors import MaoError, UnknownVersionError
 from dagster_mao.overrides import changes_of, fresh_agents
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.saga import Concluded, Saga
 from dagster_mao.state import Attempt, Seal, StateStore
 
-logger = logging.getLogger("dagster_mao.run")
+logger = WorkflowLog(logging.getLogger("dagster_mao.run"))
 
 
 @dataclass(frozen=True)
@@ -114,5 +115,6 @@ def _compensated(
         saga = Saga(store, pipeline, attempt.workflow_id, attempt.id, resources=resources, owner=attempt.id, log=log)
         return saga.run() if saga.plan().steps else None
     except MaoError as error:
-        logger.warning("what attempt %s did could not be undone now: %s", attempt.id, error)
+        with about(attempt.workflow_id, attempt=attempt.id):
+            logger.warning("what it did could not be undone now: %s", error)
         return None

@@ -13,6 +13,7 @@ from typing import Any
 
 from dagster_mao.agent._effects import Effects, Unjournaled
 from dagster_mao.contract import Contract
+from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.errors import WiringError
 from dagster_mao.journal import Effect
 
@@ -60,7 +61,8 @@ class Quarantine:
 class AgentContext:
     """What an agent may know about where it runs. Time and randomness come from here and are recorded in the seal.
 
-    `now` (aware, UTC) is the same for all agents of an attempt; `seed` is that of the attempt.
+    `now` (aware, UTC) is the same for all agents of an attempt; `seed` is that of the attempt. Lines written to `log` begin with workflow,
+    agent and attempt. Values of records are yours to keep out of it.
 
     Of the call at hand: `record` is the key of its record, as text (None where it is about a whole batch, or a record without a key);
     `idempotency_key` (sha256, hex) is the same whenever this agent is called with these inputs, in whatever attempt, until the workflow is
@@ -74,7 +76,7 @@ class AgentContext:
     now: dt.datetime
     seed: int
     partition_key: str | None = None
-    log: logging.Logger = field(default_factory=lambda: logging.getLogger("dagster_mao"), compare=False)
+    log: logging.Logger | WorkflowLog = field(default_factory=lambda: logging.getLogger("dagster_mao"), compare=False)
     record: str | None = None
     idempotency_key: str = ""
     having: Effects | None = field(default=None, compare=False, repr=False)  # what stands behind `effect`; None in unit tests
@@ -156,4 +158,5 @@ class AgentContext:
 
 
 def _context(told: dict[str, Any]) -> AgentContext:
-    return AgentContext(**told)
+    whose = Whose(told["workflow_id"], told["agent"], told["attempt"])
+    return AgentContext(**told, log=WorkflowLog(logging.getLogger(f"dagster_mao.agent.{whose.agent}"), whose))

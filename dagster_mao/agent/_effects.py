@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 import polars as pl
 
+from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.errors import WiringError
 from dagster_mao.gateway import Policy
 from dagster_mao.journal import Effect, effect_key
@@ -69,7 +70,7 @@ class Undo:
     ) -> None:
         self.pipeline, self.workflow_id, self.attempt, self.agent = pipeline, workflow_id, attempt, agent
         self.epoch, self.now, self.effects = epoch, now, tuple(effects)
-        self.log = log or logging.getLogger(f"dagster_mao.agent.{agent}")
+        self.log = WorkflowLog(log or logging.getLogger(f"dagster_mao.agent.{agent}"), Whose(workflow_id, agent, attempt))
         self._read_output, self.inputs = read_output, Rows(read_inputs or {})
 
     @property

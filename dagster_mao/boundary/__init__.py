@@ -21,6 +21,7 @@ from dagster_mao.boundary._expect import REPORT
 from dagster_mao.boundary._policy import EVERY, UNKEPT, in_force
 from dagster_mao.boundary._scratch import Scratch
 from dagster_mao.boundary._step import Outcome, Step
+from dagster_mao.correlation import Whose, WorkflowLog, about
 from dagster_mao.state import Attempt, StateStore
 
 __all__ = [
@@ -60,7 +61,8 @@ def run_agent(
     them stops the step. `quarantined` are records of an earlier version of the entry that stay in quarantine, as they lie there.
 
     `policies`: what an operator changes of agents' policies, by the agent's name, "*" for all (`{"score": {"timeout": 10}}`); it is in
-    the seal. With `fresh`, no answer is used that an earlier attempt kept.
+    the seal. With `fresh`, no answer is used that an earlier attempt kept. `log` is what `ctx.log` writes to, each line with the workflow,
+    the agent and the attempt before it.
 
     Whatever goes wrong is raised as an error of this library whose `checks` hold all verdicts reached until then, the failed one included,
     and whose `calls` what was called: `BatchRefusedError` for records that broke a contract, `PinError`, `StaleStateError`, `FencedError`
@@ -69,7 +71,8 @@ def run_agent(
     """
     policy = in_force(agent.policy, policies or {}, agent.name)
     check_policy(agent, policy)
-    with Scratch(store) as scratch, ExitStack() as files:
+    whose = Whose(attempt.workflow_id, agent.name, attempt.id)
+    with about(*whose), Scratch(store) as scratch, ExitStack() as files:
         step = Step(store, agent, attempt, scratch)
         with step.reporting():
             if quarantined is not None:
@@ -86,7 +89,7 @@ def run_agent(
                 seed=attempt.seed(agent.name),
                 partition_key=partition_key,
                 having=NoEffects(agent.name) if agent.effects == "read_only" else None,
-                log=log or logging.getLogger(f"dagster_mao.agent.{agent.name}"),
+                log=WorkflowLog(log or logging.getLogger(f"dagster_mao.agent.{agent.name}"), whose),
             )
             started = time.perf_counter()
             provenance: dict[str, Any] = {

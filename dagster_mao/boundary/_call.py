@@ -27,6 +27,7 @@ from dagster_mao.boundary._one import Answered, Deferred, Failed, One, WrongAnsw
 from dagster_mao.boundary._scratch import Scratch
 from dagster_mao.boundary._step import Step, sunk
 from dagster_mao.boundary._ways import Loop, as_tasks, in_place, in_threads
+from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import BreakerOpenError, InvalidRecordsError, MaoError, StoreError
 from dagster_mao.gateway import CallKeys, CallRecord, Gateway, Meter, Policy, enforces_nothing, shared_store
 from dagster_mao.state import Attempt, CallSummary, KeptFile, KeptFrames, Seal, Staged, StateStore
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _SHORTEST_KEPT = 3600.0  # seconds: the file of an answer outlives it, however short that is
 ASYNC_CALLS = 16  # of a record-wise async agent, in flight by default
 
-logger = logging.getLogger("dagster_mao.boundary")
+logger = WorkflowLog(logging.getLogger("dagster_mao.boundary"))
 
 
 class Calls:
@@ -173,7 +174,7 @@ class Calls:
         try:
             yield
         except StoreError as error:
-            logger.warning("agent %r: %s: %s", self.agent.name, what, error)
+            logger.warning("%s: %s", what, error)
 
 
 def own(agent: Agent) -> Policy:
@@ -213,7 +214,7 @@ class RecordCalls:
             self._results = []
             self._calls.log.settle()
         if self._unkept is not None:
-            logger.warning("agent %r: answers were not kept, for they cannot be read back: %s", self._agent.name, self._unkept)
+            logger.warning("answers were not kept, for they cannot be read back: %s", self._unkept)
 
     def _call(self, chunk: Chunk) -> None:
         keys = list(map(self._calls.keys, chunk.records, chunk.inputs))

@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -84,7 +85,7 @@ class CallLog:
         """Begins to write what there is to the table, while the step goes on to its seal."""
         self.settle()
         if self._rows.rows and self._writer is None:
-            self._writer = threading.Thread(target=self._write, name="mao-calls", daemon=True)
+            self._writer = threading.Thread(target=copy_context().run, args=(self._write,), name="mao-calls", daemon=True)
             self._writer.start()
 
     def end(self) -> bool:

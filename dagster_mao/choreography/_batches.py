@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from dagster_mao.choreography._tables import BATCHES
+from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import MaoError, StoreError
 from dagster_mao.gateway._shared import SharedStore
 
 LEASE = 60.0  # seconds for which a silent run is believed to be alive
 _BEATS = 4  # in that time
 
-logger = logging.getLogger("dagster_mao.choreography")
+logger = WorkflowLog(logging.getLogger("dagster_mao.choreography"))
 
 
 class Batch(NamedTuple):

@@ -23,8 +23,6 @@ _TOGETHER = 50  # workflows whose seals are read at a time
 _FRESH = 1.0  # seconds after which they are read again: it may have been sealed meanwhile
 _PAUSE = 30.0  # seconds until what a store that is down kept from being done is delivered again
 
-logger = logging.getLogger("dagster_mao.choreography")
-
 
 @dataclass(frozen=True)
 class Delivered:

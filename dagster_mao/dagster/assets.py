@@ -9,6 +9,7 @@ import dagster as dg
 from dagster_mao.agent import Agent
 from dagster_mao.boundary import BREAKER, OUTPUT, PINNED_BASE, Outcome, check_names, run_agent
 from dagster_mao.configuration import config_digest
+from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.dagster.policies import POLICIES
 from dagster_mao.dagster.quarantine import data_version, of_quarantine, quarantine_key
 from dagster_mao.dagster.resources import STATE_STORE
@@ -76,7 +77,9 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
 
     def materialize(context: dg.AssetExecutionContext, **inputs: Any) -> Iterator[Any]:
         if is_subscriber and not is_started(context.instance, context.run, pipeline.name, agent):
-            context.log.info(f"{agent} is not started here: its sensor does, once all that it reads is sealed.")
+            key = _partition(context, one)
+            log = context.log if key is None else WorkflowLog(context.log, Whose(f"{pipeline.name}/{key}", agent))
+            log.info(f"{agent} is not started here: its sensor does, once all that it reads is sealed.")
         else:
             yield from _selected(context, _materialize(context, pipeline, one, inputs.get(_RECORDS)))
 

@@ -30,6 +30,7 @@ from dagster_mao.choreography import (
     workflows_of,
 )
 from dagster_mao.configuration import config_digest
+from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.dagster.anchors import SEAL_DIGEST
 from dagster_mao.dagster.assets import op_name
 from dagster_mao.dagster.endings import standing
@@ -356,12 +357,13 @@ def _ask_for_compensation(context: dg.OpExecutionContext, store: StateStore, pip
 
 
 def _told(context: dg.OpExecutionContext, store: StateStore, pipeline: Pipeline, telling: Telling, one: Delivered) -> Iterator[Any]:
+    log = WorkflowLog(context.log, Whose(one.workflow_id, telling.agent.name))
     if one.state == "done" and one.outcome is not None:
         yield from telling.sealed(one.outcome)
     elif one.state == "duplicate":
-        context.log.info(f"{one.workflow_id}: it was sealed before; nothing was done.")
+        log.info("it was sealed before; nothing was done.")
     elif one.state == "void":
-        context.log.info(f"{one.workflow_id}: it was superseded, or fenced, before it was begun; nothing was done.")
+        log.info("it was superseded, or fenced, before it was begun; nothing was done.")
     elif one.error is None:
         telling.given_up(one.workflow_id, "its runs died, one after the other, while they worked on it")
         _ask_for_compensation(context, store, pipeline, one.workflow_id, "RunDied")

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
+from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.dagster.anchors import STATE_VERSION
 from dagster_mao.dagster.quarantine import QUARANTINE_OF
 from dagster_mao.dagster.resources import StateStoreResource
@@ -32,7 +33,8 @@ class StateIOManager(dg.ConfigurableIOManager):
         if len(pinned) == 1:
             return self._frame(context, *pinned.values())
         for seal in pinned.values():  # Dagster takes input metadata for one partition only
-            context.log.info(f"Read {seal.agent} as of {seal.reference}, {seal.digest}")
+            log = WorkflowLog(context.log, Whose(seal.workflow_id))
+            log.info(f"Read {seal.agent} as of {seal.reference}, {seal.digest}")
         return {key: self._rows(context, seal) for key, seal in pinned.items()}
 
     def handle_output(self, context: dg.OutputContext, obj: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import dagster as dg
 
+from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.dagster.endings import RETRIED_WITHIN, Ending, ending, standing
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import WORKFLOW_TAG
@@ -55,7 +56,7 @@ def build_compensation_sensor(
             try:
                 due = _due(context.instance, pipeline, one, patience)
             except Exception as error:  # whatever is wrong with one attempt, the others are looked at
-                context.log.exception(f"{one.workflow_id}, attempt {one.attempt}: it could not be looked at")
+                WorkflowLog(context.log, Whose(one.workflow_id, attempt=one.attempt)).exception("it could not be looked at")
                 due = f"it could not be looked at ({type(error).__name__})"
             if isinstance(due, dg.RunRequest):
                 asked.append(due)

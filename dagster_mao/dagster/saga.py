@@ -7,6 +7,7 @@ import dagster as dg
 from dagster._core.events import EngineEventData
 from pydantic import Field
 
+from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.dagster.anchors import STATE_VERSION
 from dagster_mao.dagster.endings import ending
 from dagster_mao.dagster.resources import STATE_STORE
@@ -137,16 +138,16 @@ def build_compensation_job(pipeline: Pipeline) -> dg.JobDefinition:
 
 def _begin(context: dg.OpExecutionContext, pipeline: Pipeline) -> Plan:
     workflow, attempt, superseded_by = _told(context)
-    found = ending(context.instance, attempt)
+    log, found = WorkflowLog(context.log, Whose(workflow, attempt=attempt)), ending(context.instance, attempt)
     if found.waits_for and not superseded_by:
-        context.log.warning(f"The attempt is not over: {found.waits_for}. What it still does is refused from now on.")
+        log.warning(f"The attempt is not over: {found.waits_for}. What it still does is refused from now on.")
     try:
         plan = _saga(context, pipeline).begin()
     except FencedError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     if not superseded_by and plan.state != "void":
         _link(context, found.runs)
-    context.log.info(f"{workflow}, attempt {attempt}: {plan_told(plan)}")
+    log.info(plan_told(plan))
     return plan
 
 
@@ -154,7 +155,7 @@ def _conclude(context: dg.OpExecutionContext, pipeline: Pipeline) -> None:
     workflow, attempt, superseded_by = _told(context)
     concluded = _saga(context, pipeline).conclude()
     told = concluded_told(concluded)
-    context.log.info(f"{workflow}, attempt {attempt}: {told}")
+    WorkflowLog(context.log, Whose(workflow, attempt=attempt)).info(told)
     link = dg.MetadataValue.dagster_run(context.run_id)
     for event in events(pipeline, _store(context), workflow, attempt, superseded_by, concluded, by=link):
         context.log_event(event)  # type: ignore[arg-type]  # checks too: it takes them, and its annotation does not say so

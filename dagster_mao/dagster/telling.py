@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from dagster_mao.agent import Agent
 from dagster_mao.boundary import PINNED_BASE, Check, Outcome
+from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.dagster.metadata import of_calls, of_check, of_deferred, of_seal
 from dagster_mao.dagster.quarantine import data_version, of_quarantine, quarantine_key
 from dagster_mao.errors import FencedError, MaoError, PinError, StaleStateError, TamperedError
@@ -96,7 +97,7 @@ class Telling:
     def __init__(
         self, context: dg.OpExecutionContext | dg.AssetExecutionContext, store: StateStore, pipeline: Pipeline, agent: Agent
     ) -> None:
-        self._context, self._store, self._pipeline, self._agent = context, store, pipeline, agent
+        self._context, self._store, self._pipeline, self.agent = context, store, pipeline, agent
         self._key = dg.AssetKey([pipeline.name, agent.name])
         self._checks: dict[str, list[tuple[str, Check]]] = {}  # by name, where they have no partition of their own
         self.failures: list[Failed] = []
@@ -110,27 +111,26 @@ class Telling:
         yield from self._evaluations(seal.workflow_id, outcome.checks)
         metadata = of_asset(self._store, self._pipeline, outcome)
         yield dg.AssetMaterialization(self._key, metadata=metadata, partition=partition, tags=self._tags(seal, seal.digest))
-        if self._agent.quarantine is not None:
+        if self.agent.quarantine is not None:
             aside = of_quarantine(self._store, seal, self._pipeline)
-            key, version = quarantine_key(self._pipeline.name, self._agent.name), data_version(seal).value
+            key, version = quarantine_key(self._pipeline.name, self.agent.name), data_version(seal).value
             yield dg.AssetMaterialization(key, metadata=aside, partition=partition, tags=self._tags(seal, version))
 
     def failed(self, workflow_id: str, error: MaoError, *, again: str = "") -> Iterator[Any]:
         """Nothing was sealed. `again` says when it is tried again; without it, it counts as failed."""
         yield from self._evaluations(workflow_id, verdicts(error))
         yield from paid_in_vain(self._key, error, self._partition(workflow_id))
-        what = f"{workflow_id}: {error}"
         if again:
-            self._context.log.warning(f"{what} {again}")
+            self._log(workflow_id).warning(f"{error} {again}")
             return
         self.failures.append(Failed(workflow_id, type(error).__name__))
         trace = without_values(error) if len(self.failures) <= _TRACES else None
-        self._context.log.error(what, exc_info=trace)
+        self._log(workflow_id).error(str(error), exc_info=trace)
 
     def given_up(self, workflow_id: str, why: str) -> None:
         """Nothing was sealed, and there is no error that says so."""
         self.failures.append(Failed(workflow_id, why))
-        self._context.log.error(f"{workflow_id}: {why}")
+        self._log(workflow_id).error(why)
 
     def summary(self) -> Iterator[dg.AssetCheckEvaluation]:
         """The checks of workflows that have no partition: one result each, of all of them."""
@@ -155,6 +155,9 @@ class Telling:
                 metadata={"failed": failures_table(self.failures), "failed_count": len(self.failures), "sealed_count": self.sealed_count},
                 allow_retries=False,
             )
+
+    def _log(self, workflow_id: str) -> WorkflowLog:
+        return WorkflowLog(self._context.log, Whose(workflow_id, self.agent.name))
 
     def _partition(self, workflow_id: str) -> str | None:
         """None for what came in beside the partitions, as a batch of events does."""

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
+from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import StoreError
 from dagster_mao.gateway._record import CallRecord
 from dagster_mao.gateway._shared import METADATA, SharedStore
@@ -32,7 +33,7 @@ _PAGE = 10_000  # answers that are read or forgotten at a time, without holding 
 _BITE = 1_000
 _ALIVE = 60.0  # seconds for which a step that kept something is let alone, however short its answers are to be kept
 _NUMBERS = 2**32  # answers that a step may keep
-_LOG = logging.getLogger(__name__)
+_LOG = WorkflowLog(logging.getLogger(__name__))
 
 _STEPS = sa.Table(
     "mao_answer_steps",

@@ -26,6 +26,7 @@ import sqlalchemy as sa
 from pybreaker import STATE_CLOSED, STATE_HALF_OPEN, STATE_OPEN
 from sqlalchemy.dialects import postgresql, sqlite
 
+from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import BreakerOpenError, MaoError, StoreError, UnknownBreakerError
 from dagster_mao.gateway._policy import Breaker
 from dagster_mao.gateway._record import class_of
@@ -34,7 +35,7 @@ from dagster_mao.gateway._shared import METADATA, SharedStore
 LOOK_EVERY = 0.25  # seconds for which a process believes what it read of a breaker
 _SHORTEST_LEASE = 60.0
 _EVENTS_KEPT = 30 * 86400.0
-_LOG = logging.getLogger(__name__)
+_LOG = WorkflowLog(logging.getLogger(__name__))
 
 _ROWS = sa.Table(
     "mao_breakers",

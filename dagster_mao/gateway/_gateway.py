@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import BreakerOpenError, CallTimeoutError, WiringError
 from dagster_mao.gateway._policy import Policy, parse_rate
 from dagster_mao.gateway._record import CallOutcome, CallRecord, Observe, Used, class_of, sink, total
@@ -28,7 +29,7 @@ _LONG_WAIT = 60.0  # seconds of a wait for a limit that are told, and between tw
 
 Pause = Callable[[float], object]
 
-logger = logging.getLogger("dagster_mao.gateway")
+logger = WorkflowLog(logging.getLogger("dagster_mao.gateway"))
 
 
 class Gateway:

@@ -14,10 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
+from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import CallTimeoutError, StoreError
 from dagster_mao.gateway._limit import Limiter, Permit
 
-_LOG = logging.getLogger("dagster_mao.gateway")
+_LOG = WorkflowLog(logging.getLogger("dagster_mao.gateway"))
 _REMEMBERED = 32  # calls, about, whose tokens make the estimate
 
 

@@ -14,8 +14,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import FencedError, StoreError
 from dagster_mao.journal._effect import hidden
 from dagster_mao.journal._pages import INTENDED, UNKNOWN, Earlier, Entry, Page, Segment, Slot
@@ -29,7 +31,7 @@ _LINGER = 0.05  # seconds that an outcome waits for others
 _WINDOW_SECONDS = 0.25  # that what is announced together should last
 _FIRST_WINDOW, _LARGEST_WINDOW = 16, 10_000
 _COVERED_SLOTS = 32  # effects of a call that an announcement covers; further ones are announced one by one
-_LOG = logging.getLogger(__name__)
+_LOG = WorkflowLog(logging.getLogger(__name__))
 T = TypeVar("T")
 
 
@@ -250,7 +252,9 @@ class Step:
     def _start_flushing(self) -> None:
         with self._flusher:
             if self._flushing is None and not self._closed:
-                self._flushing = threading.Thread(target=self._keep_flushing, name="dagster-mao-journal", daemon=True)
+                self._flushing = threading.Thread(
+                    target=copy_context().run, args=(self._keep_flushing,), name="dagster-mao-journal", daemon=True
+                )
                 self._flushing.start()
 
     def _keep_flushing(self) -> None:

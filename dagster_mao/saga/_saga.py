@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import polars as pl
 
 from dagster_mao.agent import Agent, Undo, call_compensate, is_async_undo
+from dagster_mao.correlation import WorkflowLog, about
 from dagster_mao.errors import FencedError, StoreError, WiringError
 from dagster_mao.gateway import Gateway, Policy
 from dagster_mao.journal import Effect, hidden, journal_of
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 LEASE = 15.0  # seconds after which another compensator takes over from one that is silent
 UndoneState = Literal["pending", "running", "done", "failed", "kept"]
-_LOG = logging.getLogger(__name__)
+_LOG = WorkflowLog(logging.getLogger(__name__))
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ class Saga:
         return Undone(became.agent, became.state, became.effects, became.tries, became.error)  # type: ignore[arg-type]
 
     def _undone(self, row: SagaRow, undo: UndoRow) -> UndoRow:
-        with self._keeping(row):
+        with about(self.workflow_id, undo.agent, self.attempt), self._keeping(row):
             self._sagas.begin_undo(row, undo.agent)
             undo = undo._replace(tries=undo.tries + 1)
             if self._kind(undo.agent) == "irreversible":
@@ -259,7 +260,7 @@ class Saga:
             except Exception as error:
                 # The text of an error may hold values: it goes to the log of the process only, as far as the agent's own errors do.
                 name = type(error).__name__
-                _LOG.warning("the undo of agent %r in attempt %s failed: %s", undo.agent, self.attempt, name, exc_info=error)
+                _LOG.warning("the undo failed: %s", name, exc_info=error)
                 self._sagas.end_undo(row, undo.agent, "failed", error=name)
                 return undo._replace(state="failed", error=name)
             self._sagas.end_undo(row, undo.agent, "done", effects=len(effects), undone_to=upto, adopted=adopted)
@@ -441,7 +442,7 @@ class Saga:
                 except StoreError as error:
                     _LOG.warning("the lease of a compensation could not be renewed: %s", error)
 
-        thread = threading.Thread(target=renew, name="dagster-mao-lease", daemon=True)
+        thread = threading.Thread(target=copy_context().run, args=(renew,), name="dagster-mao-lease", daemon=True)
         thread.start()
         try:
             yield

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from dagster_mao.correlation import WorkflowLog, about
 from dagster_mao.errors import MaoError, StoreError
 from dagster_mao.gateway import shared_store
 from dagster_mao.saga._order import Superseded
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from dagster_mao.journal._sagas import SagaRow, Sagas, StepRow
 
 Kind = Literal["attempt", "late", "superseded"]
-_LOG = logging.getLogger(__name__)
+_LOG = WorkflowLog(logging.getLogger(__name__))
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
     held = set[tuple[str, str]]()
     for row in journal.unfinished(pipeline):
         if row.state == "requested" and is_completed(store.seals(row.workflow_id), row.attempt):
-            _noted(partial(journal.withdraw, row))
+            with about(row.workflow_id, attempt=row.attempt):
+                _noted(partial(journal.withdraw, row))
             continue
         held.add((row.workflow_id, row.attempt))
         found.append(_of_saga(row, journal.steps(row.workflow_id, row.attempt), journal))
@@ -121,7 +123,8 @@ def _superseded(store: StateStore, journal: Sagas, workflow_id: str, steps: list
         waits = True
         found.append(_unfinished([step for step in steps if step.attempt == attempt], journal, "attempt", 0, None))
     if not found and not waits:
-        _noted(partial(journal.settle, workflow_id, [step.id for step in steps]))
+        with about(workflow_id):
+            _noted(partial(journal.settle, workflow_id, [step.id for step in steps]))
     return found
 
 

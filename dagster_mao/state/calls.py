@@ -17,6 +17,7 @@ from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction
 from pydantic import BaseModel, ConfigDict
 
+from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import MaoError, StoreError
 from dagster_mao.state.objects import Objects, reaching
 from dagster_mao.state.snapshots import Staged, staged
@@ -60,7 +61,7 @@ _PROPERTIES = {
     "delta.enableExpiredLogCleanup": "true",
 }
 
-logger = logging.getLogger("dagster_mao.state")
+logger = WorkflowLog(logging.getLogger("dagster_mao.state"))
 
 
 class CallSummary(BaseModel):

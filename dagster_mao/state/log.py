@@ -17,6 +17,7 @@ from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
+from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import MaoError, StoreError, TamperedError
 from dagster_mao.state.objects import Objects, reaching
 from dagster_mao.state.seal import Seal
@@ -97,7 +98,7 @@ _MERGED = re.compile(r"(\d+)-[0-9a-f]{32}\.parquet")
 _TRIES = 1000
 _UNREADABLE = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)  # polars panics on a file that is cut off
 
-logger = logging.getLogger("dagster_mao.state")
+logger = WorkflowLog(logging.getLogger("dagster_mao.state"))
 T = TypeVar("T")
 
 

@@ -17,6 +17,7 @@ from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction
 
+from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import IncompatibleContractError, MaoError
 from dagster_mao.state.objects import Objects, reaching
 from dagster_mao.state.seal import Seal, SealedFile
@@ -39,7 +40,7 @@ _PROPERTIES = {
 # What a handle gets that is older than the clean-up of commits: it was opened before the agent ran, for longer than they are kept.
 _OUTDATED = (DeltaError, FileNotFoundError)
 
-logger = logging.getLogger("dagster_mao.state")
+logger = WorkflowLog(logging.getLogger("dagster_mao.state"))
 
 
 class Projection:
