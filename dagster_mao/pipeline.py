@@ -79,6 +79,9 @@ class Pipeline:
     `listens` takes the place of the entry where agents of the same pipeline run in another code location: what is sealed there, by agent,
     and the contract that it is expected to keep. With `inbox`, single events that were submitted are cut into workflows of so many.
 
+    `elsewhere`, in hybrid mode and where the entry is: names of agents of other code locations that belong to an attempt. It counts once
+    they too have sealed it, and is undone where one of them fails. Who listens and is not named may fail without it, and undoes its own.
+
     `needs` says what `mao.advise` cannot see: "audit" (of who decided, in which order), "autonomy" (agents are operated and changed by
     themselves), "rollback". It changes nothing else.
 
@@ -94,6 +97,7 @@ class Pipeline:
         agents: Sequence[Agent | type[Agent]] = (),
         mode: Mode = "orchestration",
         listens: Mapping[str, type[BaseModel] | Contract[Any]] | None = None,
+        elsewhere: Sequence[str] = (),
         micro_batch: MicroBatch | None = None,
         inbox: MicroBatch | None = None,
         needs: Sequence[Need] | Need = (),
@@ -109,6 +113,7 @@ class Pipeline:
         self.mode, self.micro_batch, self.inbox = mode, micro_batch or MicroBatch(), inbox
         given = [_instance(a) for a in agents]
         self._listened = {agent: ExternalEntry([name, str(agent)], contract) for agent, contract in (listens or {}).items()}
+        self.elsewhere = (elsewhere,) if isinstance(elsewhere, str) else tuple(dict.fromkeys(elsewhere))
         self.needs: tuple[str, ...] = (needs,) if isinstance(needs, str) else tuple(needs)
         self._check_mode(entry)
         entry = _instance(entry) if isinstance(entry, type) else entry
@@ -117,6 +122,7 @@ class Pipeline:
         first = [self._entry] if self._entry is not None else list(self._listened.values())
         self._declared = self._by_name([*first, *(a for a in given if a is not self._entry)])
         self._check_names()
+        self._check_elsewhere()
         self._check_sources()
         self.agents: dict[str, Agent] = {a: self._declared[a] for a in self._sorted() if a not in self._listened}
         for reader in self.agents.values():
@@ -146,6 +152,11 @@ class Pipeline:
     def order(self) -> tuple[str, ...]:
         """Names of the agents, each after all that it reads."""
         return tuple(self.agents)
+
+    @property
+    def plan(self) -> tuple[str, ...]:
+        """What an attempt that begins here is complete with, where it is one of all agents: those of other code locations come last."""
+        return (*self.order, *self.elsewhere)
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -260,6 +271,18 @@ class Pipeline:
             for suffix, what in ((CALLS_SUFFIX, "table of calls"), (DEFERRED_SUFFIX, "deferred records")):
                 if (name := f"{one.name}{suffix}") in self._declared:
                     self._wrong(f"its agent {name!r} has the name of the {what} of {one.name!r}", name, "name", "give it another name=")
+
+    def _check_elsewhere(self) -> None:
+        if self.elsewhere and (self.mode != "hybrid" or self._listened):
+            what, fix = "names agents elsewhere that an attempt is complete with", 'say it where the entry is, with mode="hybrid"'
+            self._wrong(what, None, "elsewhere", fix)
+        for name in self.elsewhere:
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                self._wrong(
+                    f"has {name!r} elsewhere, which is no name of an agent", None, "elsewhere", "name the agent as it is named there"
+                )
+            if name in self._declared:
+                self._wrong(f"has {name!r} here, and says that it is elsewhere", name, "elsewhere", "leave it out of one of them")
 
     def _check_sources(self) -> None:
         names = set(self._declared)

@@ -78,7 +78,7 @@ def run(
     try:
         for name, agent in pipeline.agents.items():
             attempt = store.open_attempt(
-                pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=pipeline.order, entry=pipeline.entry_name, workflow_key=workflow
+                pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=pipeline.plan, entry=pipeline.entry_name, workflow_key=workflow
             )
             given = records if name == pipeline.entry_name else None
             own = {taken: resources[taken] for taken in agent.resources if resources and taken in resources}

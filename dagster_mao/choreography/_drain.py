@@ -114,7 +114,7 @@ def enter(
     Raises what `boundary.run_agent` raises.
     """
     run_id, entry = run_id or uuid.uuid4().hex, pipeline.entry
-    plan = pipeline.order if pipeline.mode == "hybrid" else (entry.name,)
+    plan = pipeline.plan if pipeline.mode == "hybrid" else (entry.name,)
     attempt = store.open_attempt(pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=plan, entry=entry.name, workflow_key=workflow)
     own = _own(entry, resources)
     digest = configuration.config_digest(own)

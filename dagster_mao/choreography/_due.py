@@ -32,7 +32,7 @@ class Subscriber(NamedTuple):
         if node.is_entry:
             what = f"Pipeline {pipeline.name!r}: {agent!r} brings the batch in, and waits for nothing"
             raise WiringError(what, agent=agent, fix="name an agent that reads another")
-        plan = pipeline.order if pipeline.mode == "hybrid" else (agent,)
+        plan = pipeline.plan if pipeline.mode == "hybrid" else (agent,)
         return cls(pipeline.name, agent, tuple(sorted(i.upstream for i in node.inputs)), plan)
 
 

@@ -137,7 +137,7 @@ def run_inbox(
 
 def _entered(store: StateStore, pipeline: Pipeline, intake: Intake, run_id: str, said: Mapping[str, Any]) -> Outcome:
     entry = pipeline.entry
-    plan = (entry.name,) if pipeline.mode == "choreography" else pipeline.order
+    plan = (entry.name,) if pipeline.mode == "choreography" else pipeline.plan
     attempt = store.open_attempt(
         pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=plan, entry=entry.name, workflow_key=intake.workflow_key
     )

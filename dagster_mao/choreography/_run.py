@@ -110,9 +110,8 @@ class _Work:
         due = stands.due
         assert due is not None
         try:
-            attempt = self._store.join_attempt(
-                seen, attempt=due.attempt, reads=due.versions, run_id=self._run_id, plan=self._subscriber.plan
-            )
+            plan = self._plan(due.attempt, seen)
+            attempt = self._store.join_attempt(seen, attempt=due.attempt, reads=due.versions, run_id=self._run_id, plan=plan)
             outcome = run_agent(self._store, self._agent, attempt, partition_key=attempt.workflow_key, **self._options)
         except (StoreError, BreakerOpenError) as error:
             # Whoever is waiting with it is delivered before it, lest it is what the store cannot take.
@@ -130,6 +129,11 @@ class _Work:
             return Delivered(delivery.workflow_id, "failed" if is_over else "later", error=error)
         self._claims.say(delivery, "done", error=None)
         return Delivered(delivery.workflow_id, "done", outcome)
+
+    def _plan(self, attempt: str, seen: Sequence[Seal]) -> tuple[str, ...]:
+        """What the attempt is complete with, as its entry says it; its own, for one that the entry does not count on."""
+        plan = next((seal.plan for seal in seen if seal.kind == "entry" and seal.attempt == attempt), ())
+        return plan if self._subscriber.agent in plan else self._subscriber.plan
 
     def _standing(self, delivery: Delivery, seen: Sequence[Seal]) -> Standing:
         return standing(delivery.workflow_id, [Brief.of(seal) for seal in seen], self._subscriber)

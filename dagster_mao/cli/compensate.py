@@ -23,9 +23,11 @@ from dagster_mao.state import StateStore
 if TYPE_CHECKING:
     from dagster_mao.saga import Concluded, Plan, SagaState, Unfinished
 
-_STYLES = {"compensated": "green", "done": "green", "incomplete": "red", "compensation_incomplete": "red", "failed": "red"}
+_STYLES = {"compensated": "green", "done": "green", "incomplete": "red", "handed_over": "yellow", "failed": "red"}
+_WOULD = {"here": "undone", "later": "undone, after others", "elsewhere": "undone in another code location"}
 _OPEN = ("requested", "running", "incomplete")
 _RESUME = "--resume tries again what is left"
+_ELSEWHERE = "what is left is undone by the code locations that have these agents, and then here"
 
 
 @app.command("compensate", epilog="Example: dagster-mao compensate credit/2026-01-01 --dry-run")
@@ -74,7 +76,7 @@ def compensate_command(
         print_json([{"workflow_id": workflow, "attempt": one, "superseded_by": by, **_as_json(end)} for one, by, end in ended])
     else:
         _print_ended(terminal(), workflow, ended)
-    if any(end.state == "compensation_incomplete" for *_, end in ended):
+    if any(end.state in ("compensation_incomplete", "handed_over") for *_, end in ended):
         raise typer.Exit(1)
 
 
@@ -213,9 +215,8 @@ def _print_plans(plans: Sequence[Plan], json_: bool) -> None:
             continue
         table = grid("agent", "effects", "may have happened", "would be", numbers=("effects", "may have happened"))
         for step in plan.steps:
-            table.add_row(
-                cell(step.agent), cell(step.done), cell(step.unknown), cell("kept: it cannot be undone" if step.kept else "undone")
-            )
+            would = "kept: it cannot be undone" if step.kept else _WOULD[step.where]
+            table.add_row(cell(step.agent), cell(step.done), cell(step.unknown), cell(would))
         console.print(table if plan.steps else "It had no effects.")
     console.print(Text("Nothing was changed.", style="dim"))
 
@@ -232,7 +233,8 @@ def _print_ended(console: Console, workflow: str, ended: Sequence[tuple[str, str
         if concluded.version:
             console.print(Text(f"  {plain(concluded.version)} says so", style="dim"), soft_wrap=True)
     if any(concluded.left for *_, concluded in ended):
-        console.print(Text(_RESUME, style="dim"))
+        handed_over = all(concluded.state == "handed_over" for *_, concluded in ended if concluded.left)
+        console.print(Text(_ELSEWHERE if handed_over else _RESUME, style="dim"))
 
 
 def _print_status(console: Console, states: Sequence[SagaState], waiting: Sequence[Unfinished]) -> None:

@@ -100,7 +100,7 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
 def _op_tags(pipeline: Pipeline, agent: Agent) -> dict[str, str]:
     tags = {PIPELINE_TAG: pipeline.name, AGENT_TAG: agent.name, ENTRY_TAG: pipeline.entry_name}
     if pipeline.mode == "hybrid" and agent.name == pipeline.entry_name:
-        tags[PLAN_TAG] = ",".join(pipeline.order)
+        tags[PLAN_TAG] = ",".join(pipeline.plan)
     elif pipeline.mode != "orchestration" and agent.inputs:
         tags[WAITS_FOR_TAG] = ",".join(read.upstream for read in agent.inputs)
     return tags

@@ -347,12 +347,17 @@ def _taken_in(context: dg.OpExecutionContext, pipeline: Pipeline) -> Iterator[An
     telling.end(outcome="its events are handed out again")
 
 
-def _ask_for_compensation(context: dg.OpExecutionContext, store: StateStore, pipeline: Pipeline, workflow_id: str, why: str) -> None:
-    """In hybrid mode an agent that fails ends the attempt: what all its agents did, in all their runs, is undone."""
+def _ask_for_compensation(
+    context: dg.OpExecutionContext, store: StateStore, pipeline: Pipeline, agent: str, workflow_id: str, why: str
+) -> None:
+    """In hybrid mode an agent that fails ends the attempt: what all its agents did, in all their runs, is undone.
+
+    Not one that the entry does not count on: it may fail without the others.
+    """
     if pipeline.mode != "hybrid":
         return
     entry = next((seal for seal in reversed(store.seals(workflow_id)) if seal.kind == "entry"), None)
-    if entry is not None:
+    if entry is not None and agent in entry.plan:
         request(store, pipeline.name, workflow_id, entry.attempt, run_id=context.run.run_id, why=why)
 
 
@@ -366,12 +371,12 @@ def _told(context: dg.OpExecutionContext, store: StateStore, pipeline: Pipeline,
         log.info("it was superseded, or fenced, before it was begun; nothing was done.")
     elif one.error is None:
         telling.given_up(one.workflow_id, "its runs died, one after the other, while they worked on it")
-        _ask_for_compensation(context, store, pipeline, one.workflow_id, "RunDied")
+        _ask_for_compensation(context, store, pipeline, telling.agent.name, one.workflow_id, "RunDied")
     elif one.state == "later":
         yield from telling.failed(one.workflow_id, one.error, again="It is delivered again later.")
     else:
         yield from telling.failed(one.workflow_id, one.error)
-        _ask_for_compensation(context, store, pipeline, one.workflow_id, type(one.error).__name__)
+        _ask_for_compensation(context, store, pipeline, telling.agent.name, one.workflow_id, type(one.error).__name__)
 
 
 def _untold(instance: dg.DagsterInstance, store: StateStore, pipeline: Pipeline, agent: Agent, workflows: Iterable[str]) -> list[Seal]:

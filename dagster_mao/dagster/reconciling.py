@@ -10,14 +10,24 @@ from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.dagster.endings import RETRIED_WITHIN, Ending, ending, standing
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import WORKFLOW_TAG
-from dagster_mao.dagster.saga import ATTEMPT_TAG, COMPENSATES_TAG, SUPERSEDED_BY_TAG, job_name, run_config
+from dagster_mao.dagster.saga import (
+    ATTEMPT_TAG,
+    COMPENSATES_TAG,
+    HANDED_OVER_TAG,
+    SUPERSEDED_BY_TAG,
+    job_name,
+    run_config,
+    with_effects,
+)
 from dagster_mao.pipeline import Pipeline
-from dagster_mao.saga import Unfinished, unfinished
+from dagster_mao.saga import ABSENT_SECONDS, Saga, Unfinished, show_up, unfinished
+from dagster_mao.state import StateStore, is_completed
 
 # Seconds between the end of a compensation that came to none and the next, doubled each time within an hour: soon at first, and no more
 # than a dozen an hour; when what kept them from starting (a code server that is down) is over, ten minutes later at the latest.
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0
 _AT_ONCE = 20  # runs asked for in one tick
+_FENCED_WITHIN = 30.0  # seconds in which a code location that has what is undone first begins; then another one ends the attempt
 _PRIORITY = "10"  # in the run queue: what is half done goes before what is new
 
 
@@ -28,6 +38,7 @@ def build_compensation_sensor(
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.RUNNING,
     silent_seconds: float = 3600.0,
     retry_seconds: float = RETRIED_WITHIN,
+    absent_seconds: float = ABSENT_SECONDS,
 ) -> dg.SensorDefinition:
     """The sensor `<pipeline>_compensation`: starts the compensation of attempts that are over and did not complete.
 
@@ -36,8 +47,11 @@ def build_compensation_sensor(
     `silent_seconds`. A compensation that was killed, or could not be started, is started again: after 10 seconds, then after twice as long
     each time, up to ten minutes. One that ended as incomplete waits for a person. It keeps nothing in memory or in its cursor, so a tick
     that is lost costs its seconds only. It runs from the start. It requires the resource `state_store`.
+
+    In hybrid mode agents of the attempt that this code location does not have are left to the one that has them, in the order of the undos;
+    what nobody with such a sensor has shown up for within `absent_seconds` is given up, and the compensation ends as incomplete.
     """
-    patience = Patience(silent_seconds, retry_seconds)
+    patience = Patience(silent_seconds, retry_seconds, absent_seconds)
 
     @dg.sensor(
         name=f"{pipeline.name}_compensation",
@@ -52,9 +66,12 @@ def build_compensation_sensor(
         if store.database is None:
             return dg.SkipReason("No shared database is named, so there is no journal.")
         asked, waiting = list[dg.RunRequest](), list[str]()
-        for one in unfinished(store, pipeline.name):
+        found = unfinished(store, pipeline.name)
+        if any(_is_shared(pipeline, one) for one in found):
+            show_up(store, pipeline.name, with_effects(pipeline), every=absent_seconds / 10)
+        for one in found:
             try:
-                due = _due(context.instance, pipeline, one, patience)
+                due = _due(context.instance, store, pipeline, one, patience)
             except Exception as error:  # whatever is wrong with one attempt, the others are looked at
                 WorkflowLog(context.log, Whose(one.workflow_id, attempt=one.attempt)).exception("it could not be looked at")
                 due = f"it could not be looked at ({type(error).__name__})"
@@ -70,13 +87,22 @@ def build_compensation_sensor(
 
 
 class Patience(NamedTuple):
-    """For how many seconds the silence of an attempt that is no run here is waited out, and the retry that was promised of a run."""
+    """For how many seconds the silence of an attempt that is no run here is waited out, the retry that was promised of a run, and a code
+
+    location that has an agent which this one does not have.
+    """
 
     silence: float
     retry: float
+    absence: float
 
 
-def _due(instance: dg.DagsterInstance, pipeline: Pipeline, one: Unfinished, patience: Patience) -> dg.RunRequest | str:
+def _is_shared(pipeline: Pipeline, one: Unfinished) -> bool:
+    """Whether agents of other code locations had effects in it."""
+    return pipeline.mode == "hybrid" and not pipeline.agents.keys() >= set(one.agents)
+
+
+def _due(instance: dg.DagsterInstance, store: StateStore, pipeline: Pipeline, one: Unfinished, patience: Patience) -> dg.RunRequest | str:
     """The run that is to be started, or what is waited for."""
     if one.state == "incomplete":
         return "its compensation is incomplete; `dagster-mao compensate --resume` tries again"
@@ -89,20 +115,33 @@ def _due(instance: dg.DagsterInstance, pipeline: Pipeline, one: Unfinished, pati
     if one.lease_until is not None and (left := one.lease_until.timestamp() - time.time()) > 0:
         return f"another compensator holds it for another {left:.0f} s"
     found = ending(instance, one.attempt, retried_within=patience.retry)
-    if one.kind == "attempt" and (waits := _not_over(found, one, pipeline, patience.silence)):
+    if one.kind == "attempt" and (waits := _not_over(instance, store, found, one, pipeline, patience.silence)):
+        return waits
+    if _is_shared(pipeline, one) and (waits := _others_first(store, pipeline, one, patience.absence)):
         return waits
     number = len(before)
     failed = found.failed
     return dg.RunRequest(
         run_key=f"{one.workflow_id} {one.attempt} {one.superseded_by} {number}",
-        run_config=run_config(one.workflow_id, one.attempt, one.superseded_by),
+        run_config=run_config(one.workflow_id, one.attempt, one.superseded_by, absent_seconds=patience.absence),
         tags={**_tags(one), COMPENSATES_TAG: failed.run_id if failed else one.attempt, "dagster/priority": _PRIORITY},
     )
 
 
+def _others_first(store: StateStore, pipeline: Pipeline, one: Unfinished, absence: float) -> str | None:
+    """What is waited for where other code locations have agents of the attempt; None when it is this one's turn."""
+    saga = Saga(store, pipeline, one.workflow_id, one.attempt, superseded_by=one.superseded_by, absent_seconds=absence)
+    turn = saga.turn()
+    if turn.here or turn.absent or not turn.before:
+        return None
+    if not turn.fenced and time.time() - one.last.timestamp() > _FENCED_WITHIN:
+        return None
+    return f"what {', '.join(turn.before)} did is undone first, in another code location"
+
+
 def _pauses(before: Sequence[dg.RunRecord]) -> str | None:
     """What is waited for after compensations that came to no end, newest first."""
-    now = time.time()
+    now, before = time.time(), [record for record in before if HANDED_OVER_TAG not in record.dagster_run.tags]
     lately = sum(now - record.create_timestamp.timestamp() < 3600 for record in before)
     if not lately:
         return None
@@ -111,16 +150,35 @@ def _pauses(before: Sequence[dg.RunRecord]) -> str | None:
     return f"{lately} compensations came to no end within an hour; the next one starts in {left:.0f} s" if left > 0 else None
 
 
-def _not_over(found: Ending, one: Unfinished, pipeline: Pipeline, patience: float) -> str | None:
+def _not_over(
+    instance: dg.DagsterInstance, store: StateStore, found: Ending, one: Unfinished, pipeline: Pipeline, patience: float
+) -> str | None:
     if pipeline.mode == "hybrid" and not found.failed:
         # Its runs are of many attempts each: it is over when one of its agents has failed. The fence ends what the others still do for it.
-        return None if one.state == "requested" else "its agents are at work, or are started when what they read is sealed"
+        if one.state:
+            return None
+        if is_completed(store.seals(one.workflow_id), one.attempt):
+            return _left_by(instance, one, patience)
+        return "its agents are at work, or are started when what they read is sealed"
     if found.waits_for:
         return found.waits_for
     if not found.runs:
-        silent = time.time() - one.last.timestamp()
-        return f"it is no run of this instance, and was at work {silent:.0f} s ago" if silent < patience else None
+        return _silent(one, patience)
     return None if found.failed else "all its runs succeeded"
+
+
+def _left_by(instance: dg.DagsterInstance, one: Unfinished, patience: float) -> str | None:
+    """Who may still be at work for an attempt that has completed; None when all that is left was left by the dead."""
+    for run_id in one.runs:
+        record = instance.get_run_record_by_id(run_id)
+        if waits := (_silent(one, patience) if record is None else standing(instance, record).waits_for):
+            return waits
+    return None
+
+
+def _silent(one: Unfinished, patience: float) -> str | None:
+    silent = time.time() - one.last.timestamp()
+    return f"it is no run of this instance, and was at work {silent:.0f} s ago" if silent < patience else None
 
 
 def _tags(one: Unfinished) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import WORKFLOW_TAG, ancestry
 from dagster_mao.errors import FencedError, PinError
 from dagster_mao.pipeline import Pipeline
-from dagster_mao.saga import Concluded, Plan, Saga, SagaState, request, sagas, unfinished
+from dagster_mao.saga import ABSENT_SECONDS, Concluded, Plan, Saga, SagaState, request, sagas, unfinished
 from dagster_mao.state import StateStore
 
 ATTEMPT_TAG, SUPERSEDED_BY_TAG = "mao/attempt", "mao/superseded_by"
@@ -22,6 +22,9 @@ ATTEMPT_TAG, SUPERSEDED_BY_TAG = "mao/attempt", "mao/superseded_by"
 
 COMPENSATES_TAG, COMPENSATED_BY_TAG = "mao/compensates", "mao/compensated_by"
 """Run tags that lead from a compensation to the failed run, and back."""
+
+HANDED_OVER_TAG = "mao/handed_over"
+"""A run tag of a compensation that undid what its code location has, and left the rest to others."""
 
 COMPENSATED = "compensated"
 """The check of an agent with effects: was everything undone that attempts did which failed?"""
@@ -51,9 +54,10 @@ def job_name(pipeline: str) -> str:
     return f"{pipeline}_compensate"
 
 
-def run_config(workflow: str, attempt: str, superseded_by: str = "") -> dict[str, Any]:
+def run_config(workflow: str, attempt: str, superseded_by: str = "", *, absent_seconds: float = ABSENT_SECONDS) -> dict[str, Any]:
     """The configuration of a run of the compensation job."""
-    return {"ops": {_FENCE: {"config": {"workflow": workflow, "attempt": attempt, "superseded_by": superseded_by}}}}
+    asked = {"workflow": workflow, "attempt": attempt, "superseded_by": superseded_by, "absent_seconds": absent_seconds}
+    return {"ops": {_FENCE: {"config": asked}}}
 
 
 # -- asked for -----------------------------------------------------------------------------------------------------------------------
@@ -89,6 +93,9 @@ class Asked(dg.Config):
     workflow: str = Field(description="The workflow, as `dagster-mao history` names it: pipeline/key.")
     attempt: str = Field(default="", description="The attempt: the id of its root run. The one that did not finish, when left out.")
     superseded_by: str = Field(default="", description="Only what this later attempt superseded; all of the attempt when left out.")
+    absent_seconds: float = Field(
+        default=ABSENT_SECONDS, description="For how long a code location is waited for that has an agent which this one does not have."
+    )
 
 
 def build_compensation_job(pipeline: Pipeline) -> dg.JobDefinition:
@@ -96,6 +103,9 @@ def build_compensation_job(pipeline: Pipeline) -> dg.JobDefinition:
 
     It may be started by hand, with the workflow in the configuration of `fence`; started again, or killed and started again, it goes on
     where it was. `conclude` fails when something is left. It requires `state_store` and what the agents' `compensate` take.
+
+    Agents that the pipeline does not have are undone by the code location that does, by a run of its job of the same name: each undoes what
+    nothing depends on any more, and hands over.
     """
     needed = {STATE_STORE, *undo_resources(pipeline)}
 
@@ -105,8 +115,8 @@ def build_compensation_job(pipeline: Pipeline) -> dg.JobDefinition:
     @dg.op(**named(_FENCE), out=dg.DynamicOut(dg.Nothing, is_required=False))
     def fence(context: dg.OpExecutionContext, config: Asked) -> Iterator[Any]:
         _tag(context, _store(context), pipeline, config)
-        plan = _begin(context, pipeline)
-        agents = plan.agents if plan.state == "running" else ()
+        plan = _begin(context, pipeline, config.absent_seconds)
+        agents = plan.here if plan.state == "running" else ()
         for agent in agents:
             yield dg.DynamicOutput(None, mapping_key=agent)
         if not agents:  # Dagster skips what would come after
@@ -136,13 +146,13 @@ def build_compensation_job(pipeline: Pipeline) -> dg.JobDefinition:
     return compensate
 
 
-def _begin(context: dg.OpExecutionContext, pipeline: Pipeline) -> Plan:
+def _begin(context: dg.OpExecutionContext, pipeline: Pipeline, absent_seconds: float) -> Plan:
     workflow, attempt, superseded_by = _told(context)
     log, found = WorkflowLog(context.log, Whose(workflow, attempt=attempt)), ending(context.instance, attempt)
     if found.waits_for and not superseded_by:
         log.warning(f"The attempt is not over: {found.waits_for}. What it still does is refused from now on.")
     try:
-        plan = _saga(context, pipeline).begin()
+        plan = _saga(context, pipeline, absent_seconds).begin()
     except FencedError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     if not superseded_by and plan.state != "void":
@@ -164,6 +174,8 @@ def _conclude(context: dg.OpExecutionContext, pipeline: Pipeline) -> None:
             context.instance.report_engine_event(told, run, EngineEventData({"compensation": link}))
     if concluded.state == "compensation_incomplete":
         raise dg.Failure(told, allow_retries=False)
+    if concluded.state == "handed_over":
+        context.instance.add_run_tags(context.run_id, {HANDED_OVER_TAG: "true"})
 
 
 def _tag(context: dg.OpExecutionContext, store: StateStore, pipeline: Pipeline, config: Asked) -> None:
@@ -192,7 +204,7 @@ def _told(context: dg.OpExecutionContext) -> tuple[str, str, str]:
     return tags[WORKFLOW_TAG], tags[ATTEMPT_TAG], tags.get(SUPERSEDED_BY_TAG, "")
 
 
-def _saga(context: dg.OpExecutionContext, pipeline: Pipeline) -> Saga:
+def _saga(context: dg.OpExecutionContext, pipeline: Pipeline, absent_seconds: float = ABSENT_SECONDS) -> Saga:
     workflow, attempt, superseded_by = _told(context)
     resources = {name: getattr(context.resources, name) for name in undo_resources(pipeline)}
     return Saga(
@@ -200,6 +212,7 @@ def _saga(context: dg.OpExecutionContext, pipeline: Pipeline) -> Saga:
         superseded_by=superseded_by,
         resources=resources,
         owner=context.run_id,
+        absent_seconds=absent_seconds,
         log=context.log,
     )
 
@@ -228,7 +241,8 @@ def plan_told(plan: Plan) -> str:
     """What is to be undone, in a sentence."""
     if plan.state == "void":
         return "the attempt has completed; nothing is undone"
-    steps = [f"{one.agent} ({one.done} done, {one.unknown} unknown{', stays' if one.kept else ''})" for one in plan.steps]
+    said = {"here": "", "later": ", later", "elsewhere": ", in another code location"}
+    steps = [f"{one.agent} ({one.done} done, {one.unknown} unknown{', stays' if one.kept else said[one.where]})" for one in plan.steps]
     return f"to be undone, in this order: {', '.join(steps)}" if steps else "it had no effects"
 
 
@@ -240,6 +254,8 @@ def concluded_told(concluded: Concluded) -> str:
     if concluded.state == "compensated":
         return f"Everything that this attempt did was undone.{kept}"
     left = ", ".join(f"{one.agent} ({one.error or one.state})" for one in concluded.left)
+    if concluded.state == "handed_over":
+        return f"What can be undone here now was undone. Other code locations go on. Left: {left}.{kept}"
     return f"Not everything that this attempt did was undone. Left: {left}.{kept}"
 
 
@@ -268,6 +284,8 @@ def events(
             continue
         key, now = dg.AssetKey([pipeline.name, agent]), effective.get(agent)
         undo = undos.get(agent)
+        if concluded.state == "handed_over" and (undo is None or undo.state in ("pending", "running")):
+            continue  # told when it is over
         metadata: dict[str, Any] = {
             "mao/workflow": dg.MetadataValue.text(workflow),
             "mao/attempt": dg.MetadataValue.dagster_run(attempt),

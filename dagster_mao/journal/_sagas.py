@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from dagster_mao.errors import FencedError
 from dagster_mao.journal._journal import Journal, pages
 from dagster_mao.journal._pages import Page, Told
-from dagster_mao.journal._tables import PAGES, SAGAS, STEPS, UNDOS
+from dagster_mao.journal._tables import COMPENSATORS, PAGES, SAGAS, STEPS, UNDOS
 
 
 class StepRow(NamedTuple):
@@ -136,6 +137,20 @@ class Sagas:
             rows = connection.execute(sa.select(UNDOS).where(UNDOS.c.saga == saga).order_by(UNDOS.c.place, UNDOS.c.agent))
             return [UndoRow(*row) for row in rows]
 
+    def seen(self, pipeline: str) -> dict[str, float]:
+        """By agent, when a code location that has it looked last, as far as it was noted."""
+        with self._journal.reading() as connection:
+            rows = connection.execute(sa.select(COMPENSATORS.c.agent, COMPENSATORS.c.seen).where(COMPENSATORS.c.pipeline == pipeline))
+            return {row.agent: row.seen for row in rows}
+
+    def show_up(self, pipeline: str, agents: Iterable[str]) -> None:
+        """Notes that a code location is there that can undo what these agents did."""
+        with self._journal.writing(pipeline, durable=False) as (connection, now):
+            make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+            for agent in sorted(agents):
+                row = make(COMPENSATORS).values(pipeline=pipeline, agent=agent, seen=now)
+                connection.execute(row.on_conflict_do_update(index_elements=["pipeline", "agent"], set_={"seen": now}))
+
     # -- beginning -------------------------------------------------------------------------------------------------------------------
 
     def request(self, *, pipeline: str, workflow_id: str, attempt: str, why: str, requested_by: str | None) -> bool:
@@ -187,7 +202,9 @@ class Sagas:
                 changes["fenced"] = now
                 connection.execute(sa.update(STEPS).where(own).values(fenced=True, settled=True))
             connection.execute(sa.update(SAGAS).where(SAGAS.c.id == row.id).values(**changes))
-            again = ("running", "failed") if row.owner != owner else ("running",)
+            # Handed over, it goes on as it is. What failed before is tried again by who takes over from the dead, or is asked to.
+            handed_over = row.state == "running" and row.owner is None
+            again = ("running",) if handed_over or row.owner == owner else ("running", "failed")
             undos = sa.update(UNDOS).where(UNDOS.c.saga == row.id)
             connection.execute(undos.where(UNDOS.c.state.in_(again)).values(state="pending"))
             if is_late:
@@ -216,9 +233,13 @@ class Sagas:
         with self._journal.writing(saga.workflow_id) as (connection, now):
             connection.execute(sa.update(SAGAS).where(own).values(state="void", concluded=now))
 
-    def abandon(self, workflow_id: str, attempt: str) -> None:
-        """What still runs of a completed attempt, a re-execution, is over: its effects are left to be superseded."""
-        own = (STEPS.c.workflow_id == workflow_id) & (STEPS.c.attempt == attempt) & (STEPS.c.state == "running")
+    def abandon(self, workflow_id: str, attempt: str, *, other_than: Collection[int] = ()) -> None:
+        """What still runs of a completed attempt, a re-execution, is over: its effects are left to be superseded.
+
+        `other_than`: the steps that have sealed, whatever they told.
+        """
+        own = (STEPS.c.workflow_id == workflow_id) & (STEPS.c.attempt == attempt) & STEPS.c.state.in_(("running", "sealing"))
+        own &= STEPS.c.id.not_in(other_than)
         with self._journal.writing(workflow_id) as (connection, now):
             connection.execute(sa.update(STEPS).where(own).values(state="failed", ended=now, fenced=True))
 
@@ -295,6 +316,12 @@ class Sagas:
             changes = {"state": state, "concluded": now, "lease_until": None, "owner": None}
             connection.execute(sa.update(SAGAS).where(SAGAS.c.id == saga.id).values(**changes))
             return state
+
+    def hand_over(self, saga: SagaRow) -> None:
+        """Ends the claim without ending the saga: what is left is for others to undo. What this one might still write is refused."""
+        with self._held(saga) as (connection, _):
+            changes: dict[str, Any] = {"owner": None, "lease_until": None, "generation": saga.generation + 1}
+            connection.execute(sa.update(SAGAS).where(SAGAS.c.id == saga.id).values(**changes))
 
     def settle(self, workflow_id: str, steps: Collection[int]) -> None:
         """Notes that nothing is left to be undone of these steps, so that nobody looks at them again."""

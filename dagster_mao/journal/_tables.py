@@ -89,3 +89,11 @@ UNDOS = sa.Table(
     sa.Column("error", sa.Text),  # the class of the last one
     sa.Column("tries", sa.Integer, nullable=False),
 )
+
+COMPENSATORS = sa.Table(
+    "mao_compensators",
+    METADATA,
+    sa.Column("pipeline", sa.Text, primary_key=True),
+    sa.Column("agent", sa.Text, primary_key=True),
+    sa.Column("seen", sa.Double, nullable=False),  # when a code location that has the agent looked last, while something was left to undo
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from dagster_mao.pipeline import Pipeline
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
     from dagster_mao.journal._sagas import StepRow
 
 
+OPEN = ("running", "sealing")
+"""States of a step that has not told how it ended: it is at work, or died."""
+
+
 def in_order(pipeline: Pipeline, steps: Sequence[StepRow], seals: Sequence[Seal]) -> list[str]:
     """Agents as they are to be undone: what depends on another before it; else first what is not sealed, then the last seals first."""
     attempts = {step.attempt for step in steps}
     sealed = {seal.agent: seal.version for seal in seals if seal.attempt in attempts}
     newest = {step.agent: step for step in steps}
     waiting = sorted(newest, key=lambda agent: (agent in sealed, -sealed.get(agent, 0), -newest[agent].id))
-    reads = {agent: _reads(pipeline, agent, newest[agent]) & newest.keys() for agent in newest}
+    reads = made_from(pipeline, steps, seals)
     order: list[str] = []
     while waiting:
         # Of a cycle, which only pipelines that changed meanwhile can have, whoever comes first.
@@ -31,16 +36,27 @@ def in_order(pipeline: Pipeline, steps: Sequence[StepRow], seals: Sequence[Seal]
     return order
 
 
-def _reads(pipeline: Pipeline, agent: str, step: StepRow) -> set[str]:
-    """All that an agent was made from, as pinned and as the pipeline has it now, however far up."""
-    found = {str(parent["agent"]) for parent in step.parents}
-    found |= {read.upstream for read in pipeline.agents[agent].inputs} if agent in pipeline.agents else set()
-    waiting = list(found)
+def made_from(pipeline: Pipeline, steps: Sequence[StepRow], seals: Sequence[Seal]) -> dict[str, set[str]]:
+    """By agent, all that what it did was made from, however far up: as it pinned, and as the pipeline has it now.
+
+    What was pinned says it of agents that other code locations have, too, and says the same in all of them.
+    """
+    attempts = {step.attempt for step in steps}
+    direct: dict[str, set[str]] = {name: {read.upstream for read in agent.inputs} for name, agent in pipeline.agents.items()}
+    for seal in seals:
+        if seal.attempt in attempts and seal.path:
+            direct.setdefault(seal.agent, set()).update(parent.agent for parent in seal.parents)
+    for step in steps:
+        direct.setdefault(step.agent, set()).update(str(parent["agent"]) for parent in step.parents)
+    return {step.agent: _above(step.agent, direct) for step in steps}
+
+
+def _above(agent: str, direct: Mapping[str, set[str]]) -> set[str]:
+    found, waiting = set[str](), [agent]
     while waiting:
-        one = waiting.pop()
-        further = {read.upstream for read in pipeline.agents[one].inputs} if one in pipeline.agents else set()
-        waiting += further - found
+        further = direct.get(waiting.pop(), set()) - found
         found |= further
+        waiting += further
     return found - {agent}
 
 
@@ -92,7 +108,10 @@ class Needed:
 
 
 class Superseded:
-    """What completed attempts did for inputs that have changed since: effects that the effective state does not ask for any more."""
+    """What completed attempts did for inputs that have changed since: effects that the effective state does not ask for any more.
+
+    Also what an agent did and never sealed in an attempt that completed without it: there the run that failed supersedes it.
+    """
 
     def __init__(self, steps: Sequence[StepRow], seals: Sequence[Seal]) -> None:
         self._seals = seals
@@ -101,7 +120,9 @@ class Superseded:
             of_agent.setdefault(step.agent, []).append(step)
         self._effective: dict[str, StepRow] = {}
         self._others: dict[str, list[StepRow]] = {}
-        for agent, seal in effective(seals).items():
+        now = effective(seals)
+        self._unsealed = {agent: own for agent, own in of_agent.items() if agent not in now}
+        for agent, seal in now.items():
             own = [s for s in of_agent.get(agent, ()) if s.attempt == seal.attempt and s.run_id == seal.run_id and s.state != "failed"]
             if own and len(of_agent[agent]) > 1:
                 self._effective[agent] = own[-1]
@@ -110,12 +131,12 @@ class Superseded:
     @property
     def steps(self) -> list[int]:
         """The steps that have to be looked at: none where each agent ran once."""
-        return [*(step.id for step in self._effective.values()), *(step.id for others in self._others.values() for step in others)]
+        looked_at = [*self._effective.values(), *chain(*self._others.values(), *self._unsealed.values())]
+        return [step.id for step in looked_at]
 
     def found(self, told: Mapping[int, Told]) -> tuple[dict[tuple[str, str], dict[int, list[Outstanding]]], bool]:
         """By attempt and the attempt that superseded it: by step, the effects; and whether some must wait for an attempt that goes on."""
-        found: dict[tuple[str, str], dict[int, list[Outstanding]]] = {}
-        waits = False
+        found, waits = self._never_sealed(told)
         for agent, now in self._effective.items():
             asked, records = Needed({now.id: told[now.id]}), told[now.id].records()
             going_on = Needed({step.id: told[step.id] for step in self._others[agent] if self._goes_on(step.attempt)})
@@ -129,6 +150,22 @@ class Superseded:
                         waits = True
                     else:
                         found.setdefault((step.attempt, now.attempt), {}).setdefault(step.id, []).append(effect)
+        return found, waits
+
+    def _never_sealed(self, told: Mapping[int, Told]) -> tuple[dict[tuple[str, str], dict[int, list[Outstanding]]], bool]:
+        found: dict[tuple[str, str], dict[int, list[Outstanding]]] = {}
+        waits = False
+        for steps in self._unsealed.values():
+            for attempt in {step.attempt for step in steps if is_completed(self._seals, step.attempt)}:
+                own = [step for step in steps if step.attempt == attempt]
+                if any(step.state in OPEN for step in own):  # it is at work; one that died is found to be dead first
+                    waits = True
+                    continue
+                if any(step.state == "sealed" for step in own):
+                    continue
+                effects = {step.id: left for step in own if (left := list(told[step.id].outstanding(step.undone_to)))}
+                if effects:
+                    found[attempt, own[-1].run_id] = effects
         return found, waits
 
     def _goes_on(self, attempt: str) -> bool:

@@ -32,7 +32,7 @@ from dagster_mao.errors import FencedError, StoreError, WiringError
 from dagster_mao.gateway import Gateway, Policy
 from dagster_mao.journal import Effect, hidden, journal_of
 from dagster_mao.pipeline import Pipeline
-from dagster_mao.saga._order import Needed, Superseded, has_sealed, in_order
+from dagster_mao.saga._order import Needed, Superseded, has_sealed, in_order, made_from
 from dagster_mao.state import Seal, StateStore, is_completed
 
 if TYPE_CHECKING:
@@ -40,19 +40,30 @@ if TYPE_CHECKING:
     from dagster_mao.journal._sagas import SagaRow, Sagas, StepRow, UndoRow
 
 LEASE = 15.0  # seconds after which another compensator takes over from one that is silent
+ABSENT_SECONDS = 600.0
+"""Seconds for which an undo waits for a code location that has its agent."""
+
+NOBODY_HAS_IT = "NobodyHasIt"
+"""In place of the class of an error: no code location with this agent showed up."""
+
 UndoneState = Literal["pending", "running", "done", "failed", "kept"]
+_FINISHED = ("done", "failed", "kept")
 _LOG = WorkflowLog(logging.getLogger(__name__))
 
 
 @dataclass(frozen=True)
 class PlannedUndo:
-    """What would be undone of one agent: effects that happened, and such as may have. `kept`: it cannot be undone, which was accepted."""
+    """What would be undone of one agent: effects that happened, and such as may have. `kept`: it cannot be undone, which was accepted.
+
+    `where`: "here", at once; "later", here, when what was made from it is undone elsewhere; "elsewhere", in another code location.
+    """
 
     agent: str
     state: UndoneState
     done: int
     unknown: int
     kept: bool
+    where: Literal["here", "later", "elsewhere"] = "here"
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,25 @@ class Plan:
     @property
     def agents(self) -> tuple[str, ...]:
         return tuple(step.agent for step in self.steps)
+
+    @property
+    def here(self) -> tuple[str, ...]:
+        """What is this code location's to undo now."""
+        return tuple(step.agent for step in self.steps if step.where == "here")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Whose turn it is where several code locations undo an attempt.
+
+    `here`: what this one can undo now. `before`: agents elsewhere that come before anything else that is left. `absent`: those of them that
+    nobody has, as far as is known, and that were waited for long enough. `fenced`: whether the attempt is ended.
+    """
+
+    here: tuple[str, ...]
+    before: tuple[str, ...]
+    absent: tuple[str, ...]
+    fenced: bool
 
 
 @dataclass(frozen=True)
@@ -91,9 +121,12 @@ class Left:
 
 @dataclass(frozen=True)
 class Concluded:
-    """How a compensation ended. `version` is the reference of the version that says so; None where nothing was added to the log."""
+    """How a compensation ended. `version` is the reference of the version that says so; None where nothing was added to the log.
 
-    state: Literal["compensated", "compensation_incomplete", "void"]
+    "handed_over": what is left, other code locations undo, or this one after them.
+    """
+
+    state: Literal["compensated", "compensation_incomplete", "handed_over", "void"]
     left: tuple[Left, ...] = ()
     kept: tuple[str, ...] = ()
     version: str | None = None
@@ -105,6 +138,9 @@ class Saga:
     `resources` are those that the agents' `compensate` take, by name. `owner` names whoever compensates: processes of one owner take over
     from each other at once, another one only when the lease of 15 seconds is over, which is renewed while work is done. `log` is what the
     agents are handed.
+
+    In hybrid mode agents that the pipeline does not have are undone where they are: this one undoes its own as far as nothing that was made
+    from them is left, and hands over. An agent that nobody has shown up for, `absent_seconds` after the fence, counts as failed.
 
     Raises `WiringError` where the store has no database, `FencedError` when another owner compensates, or took over.
     """
@@ -120,9 +156,11 @@ class Saga:
         resources: Mapping[str, Any] | None = None,
         owner: str | None = None,
         why: str | None = None,
+        absent_seconds: float = ABSENT_SECONDS,
         log: logging.Logger | None = None,
     ) -> None:
         self._store, self._pipeline, self.workflow_id, self.attempt = store, pipeline, workflow_id, attempt
+        self._absent_seconds = absent_seconds
         self._superseded_by, self._resources, self._why, self._log = superseded_by, dict(resources or {}), why, log
         self._owner = owner or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._sagas = sagas_of(store)
@@ -146,12 +184,35 @@ class Saga:
         An attempt that has completed is left alone: the plan's state is "void" then.
         """
         row = self._claimed()
+        self._give_up_absent(row)
         return self._described(row.state, self._store.seals(self.workflow_id), {undo.agent: undo.state for undo in self._order})
 
+    def turn(self) -> Turn:
+        """Whose turn it is. Changes nothing."""
+        row = self._sagas.find(self.workflow_id, self.attempt, self._superseded_by)
+        steps, seals = self._steps(), self._store.seals(self.workflow_id)
+        noted = {undo.agent: undo for undo in self._sagas.undos(row.id)} if row else {}
+        late = {step.agent for step in steps if step.late}
+        open_ = [
+            agent
+            for agent in in_order(self._pipeline, steps, seals)
+            if agent in late or agent not in noted or noted[agent].state not in _FINISHED
+        ]
+        waits = self._waits(open_, steps, seals)
+        before = tuple(agent for agent in open_ if self._is_elsewhere(agent))
+        return Turn(
+            here=tuple(agent for agent in open_ if not self._is_elsewhere(agent) and agent not in waits),
+            before=before,
+            absent=tuple(self._absent(row, before)) if row else (),
+            fenced=row is not None and row.fenced is not None,
+        )
+
     def run(self) -> Concluded:
-        """All of it; once more for what came late meanwhile."""
+        """All of it, or all that is this code location's now; once more for what came late meanwhile."""
         for _ in range(2):
-            if self._claimed().state == "running":
+            row = self._claimed()
+            if row.state == "running":
+                self._give_up_absent(row)
                 for undo in self._order:
                     self.undo(undo.agent)
             concluded = self.conclude()
@@ -161,13 +222,46 @@ class Saga:
 
     def _described(self, state: str | None, seals: Sequence[Seal], states: Mapping[str, str]) -> Plan:
         steps = self._steps()
-        found = []
-        for agent in in_order(self._pipeline, steps, seals):
+        found, order = [], in_order(self._pipeline, steps, seals)
+        waits = self._waits([agent for agent in order if states.get(agent) not in _FINISHED], steps, seals)
+        for agent in order:
             effects, *_ = self._found(agent, steps, seals)
             known = sum(_is_done(effect) for effect in effects)
             how: Any = states.get(agent, "pending")
-            found.append(PlannedUndo(agent, how, known, len(effects) - known, self._kind(agent) == "irreversible"))
+            where: Any = "elsewhere" if self._is_elsewhere(agent) else "later" if agent in waits else "here"
+            found.append(PlannedUndo(agent, how, known, len(effects) - known, self._kind(agent) == "irreversible", where))
         return Plan(self.workflow_id, self.attempt, state, tuple(found))
+
+    # -- other code locations --------------------------------------------------------------------------------------------------------
+
+    def _is_elsewhere(self, agent: str) -> bool:
+        """Whether another code location has it: not in orchestration, where there is none."""
+        return self._pipeline.mode == "hybrid" and agent not in self._pipeline.agents
+
+    def _waits(self, open_: Sequence[str], steps: Sequence[StepRow], seals: Sequence[Seal]) -> set[str]:
+        """What others have to undo something before."""
+        if not (elsewhere := [agent for agent in open_ if self._is_elsewhere(agent)]):
+            return set()
+        above = made_from(self._pipeline, steps, seals)
+        return set().union(*(above[agent] for agent in elsewhere))
+
+    def _absent(self, row: SagaRow, agents: Sequence[str]) -> list[str]:
+        """Those of these that no code location has shown up for, for long enough."""
+        if not agents or row.fenced is None:
+            return []
+        seen, now = self._sagas.seen(self._pipeline.name), self._sagas.now()
+        return [agent for agent in agents if now - max(row.fenced, seen.get(agent, 0.0)) > self._absent_seconds]
+
+    def _give_up_absent(self, row: SagaRow) -> None:
+        """Notes as failed what nobody has shown up for, so that the others go on."""
+        if row.state != "running":
+            return
+        absent = self._absent(row, [undo.agent for undo in self._order if undo.state == "pending" and self._is_elsewhere(undo.agent)])
+        for agent in absent:
+            with about(self.workflow_id, agent, self.attempt):
+                _LOG.warning("no code location with this agent has shown up: what it did is not undone")
+            self._sagas.end_undo(row, agent, "failed", error=NOBODY_HAS_IT)
+        self._order = self._sagas.undos(row.id) if absent else self._order
 
     # -- claiming --------------------------------------------------------------------------------------------------------------------
 
@@ -177,7 +271,8 @@ class Saga:
         seals = self._store.seals(self.workflow_id)
         told = self._sagas.find(self.workflow_id, self.attempt, self._superseded_by)
         if told is None and not self._superseded_by and is_completed(seals, self.attempt):
-            self._sagas.abandon(self.workflow_id, self.attempt)
+            sealed = [step.id for step in self._sagas.steps(self.workflow_id, self.attempt) if has_sealed(step, seals)]
+            self._sagas.abandon(self.workflow_id, self.attempt, other_than=sealed)
             return _void(self._pipeline.name, self.workflow_id, self.attempt)
         row = self._sagas.claim(
             pipeline=self._pipeline.name,
@@ -235,12 +330,21 @@ class Saga:
         if agent not in {undo.agent for undo in self._order}:
             return Undone(agent, "done", 0, 0, None)  # it did nothing
         for place, planned in enumerate(self._order):
-            if planned.state in ("pending", "running"):
+            if planned.state in ("pending", "running") and not self._is_held(planned.agent):
                 self._order[place] = self._undone(row, planned)
             if planned.agent == agent:
                 break
         became = self._order[place]
         return Undone(became.agent, became.state, became.effects, became.tries, became.error)  # type: ignore[arg-type]
+
+    def _is_held(self, agent: str) -> bool:
+        """Whether it is not to be undone here, or not yet."""
+        if self._is_elsewhere(agent):
+            return True
+        open_ = [undo.agent for undo in self._order if undo.state not in _FINISHED]
+        if not any(self._is_elsewhere(one) for one in open_):
+            return False
+        return agent in self._waits(open_, self._steps(), self._store.seals(self.workflow_id))
 
     def _undone(self, row: SagaRow, undo: UndoRow) -> UndoRow:
         with about(self.workflow_id, undo.agent, self.attempt), self._keeping(row):
@@ -389,6 +493,10 @@ class Saga:
         left = tuple(Left(undo.agent, undo.state, undo.error) for undo in undos if undo.state not in ("done", "kept"))  # type: ignore[arg-type]
         if row.state != "running":
             return Concluded("compensated", (), kept, self._version(row))
+        if any(undo.state == "pending" and self._is_elsewhere(undo.agent) for undo in undos):
+            self._sagas.hand_over(row)
+            self._row = None
+            return Concluded("handed_over", left, kept)
         version = None
         if not left and not self._superseded_by:
             fence = self._store.seal_at(self.workflow_id, int(row.fence or 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from dagster_mao.correlation import WorkflowLog, about
 from dagster_mao.errors import MaoError, StoreError
 from dagster_mao.gateway import shared_store
-from dagster_mao.saga._order import Superseded
+from dagster_mao.saga._order import OPEN, Superseded, has_sealed
 from dagster_mao.saga._saga import Left, UndoneState, sagas_of
 from dagster_mao.state import StateStore, is_completed
 
@@ -119,7 +119,8 @@ def _superseded(store: StateStore, journal: Sagas, workflow_id: str, steps: list
         own = [step for step in every if step.id in of_steps]
         found.append(_unfinished(own, journal, "superseded", 0, None, superseded_by=later, attempt=earlier))
     # Where one was re-executed after it had completed, that goes on, or died.
-    for attempt in dict.fromkeys(step.attempt for step in steps if step.state == "running"):
+    seals = store.seals(workflow_id)
+    for attempt in dict.fromkeys(step.attempt for step in steps if step.state in OPEN and not has_sealed(step, seals)):
         waits = True
         found.append(_unfinished([step for step in steps if step.attempt == attempt], journal, "attempt", 0, None))
     if not found and not waits:
@@ -155,6 +156,17 @@ def request(store: StateStore, pipeline: str, workflow_id: str | None, attempt: 
     except MaoError as error:
         _LOG.warning("the compensation of attempt %s could not be requested, and will be found missing: %s", attempt, error)
         return 0
+
+
+def show_up(store: StateStore, pipeline: str, agents: Collection[str], *, every: float) -> None:
+    """Notes that a code location is there that can undo what these agents did, unless that was noted less than `every` seconds ago.
+
+    An undo waits for it then. Where the database takes no writes now, a later call notes it.
+    """
+    journal = sagas_of(store)
+    seen, now = journal.seen(pipeline), journal.now()
+    if any(now - seen.get(agent, 0.0) > every for agent in agents):
+        _noted(partial(journal.show_up, pipeline, agents))
 
 
 def sagas(store: StateStore, pipeline: str, workflow_id: str | None = None) -> list[SagaState]:

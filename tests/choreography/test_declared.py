@@ -97,6 +97,22 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "name": ({"listens": {"No Name": Risk}, "agents": [notify], "mode": "hybrid"}, "no name of an agent", "listens"),
     "contract": ({"listens": {"risk": Narrow}, "agents": [notify], "mode": "hybrid"}, "cannot read 'risk' as Risk", "risk"),
     "not there": ({"listens": {"rick": Risk}, "agents": [notify], "mode": "hybrid"}, "'risk', which is no agent of it", "risk"),
+    "elsewhere": ({"entry": applications, "agents": [risk], "elsewhere": ["notify"]}, "agents elsewhere that an attempt", "elsewhere"),
+    "elsewhere of a listener": (
+        {"listens": {"risk": Risk}, "agents": [notify], "mode": "hybrid", "elsewhere": ["letter"]},
+        "agents elsewhere that an attempt",
+        "elsewhere",
+    ),
+    "elsewhere and here": (
+        {"entry": applications, "agents": [risk], "mode": "hybrid", "elsewhere": ["risk"]},
+        "has 'risk' here, and says that it is elsewhere",
+        "elsewhere",
+    ),
+    "elsewhere without a name": (
+        {"entry": applications, "agents": [risk], "mode": "hybrid", "elsewhere": ["No Name"]},
+        "no name of an agent",
+        "elsewhere",
+    ),
     "effects": (
         {"entry": applications, "agents": [risk, Booking], "mode": "choreography"},
         "'booking' has side effects, which plain choreography cannot undo",
