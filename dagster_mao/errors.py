@@ -7,7 +7,11 @@ shown, masked, by the asset checks.
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
+
+_PARTITIONS_TOLD = 10  # the others are in the error's `partitions`
 
 
 class MaoError(Exception):
@@ -111,6 +115,22 @@ class StoreError(MaoError):
 
 class AgentFailedError(MaoError):
     """`execute` raised. The cause is chained; the record (by key, unless the key is personal) is named."""
+
+
+class PartitionsFailedError(MaoError):
+    """Some partitions of a run over a range of them failed; the others are sealed.
+
+    `partitions`: by its key, at which agent and by the class of which error one failed.
+    """
+
+    def __init__(self, partitions: Mapping[str, str], *, count: int, pipeline: str) -> None:
+        self.partitions, self.count = dict(partitions), count
+        told = "; ".join(f"{key} ({why})" for key, why in islice(self.partitions.items(), _PARTITIONS_TOLD))
+        more = f"; and {len(partitions) - _PARTITIONS_TOLD} more" if len(partitions) > _PARTITIONS_TOLD else ""
+        super().__init__(
+            f"{len(partitions)} of {count} partitions of {pipeline!r} failed: {told}{more}",
+            fix="mend what failed and re-execute the run from its failure: what is sealed is not done again",
+        )
 
 
 class AgentCallError(MaoError):

@@ -56,6 +56,7 @@ ERRORS = {
     "LLMRequestError",
     "MalformedAnswerError",
     "MaoError",
+    "PartitionsFailedError",
     "PinError",
     "RateLimitError",
     "StaleStateError",

@@ -12,6 +12,7 @@ from dagster_mao.configuration import config_digest
 from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.dagster.policies import POLICIES
 from dagster_mao.dagster.quarantine import data_version, of_quarantine, quarantine_key
+from dagster_mao.dagster.ranges import check_backfills, over_partitions
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import (
     AGENT_TAG,
@@ -48,20 +49,30 @@ _FINAL = (*UNPINNED, AgentCallError, BatchRefusedError, BreakerOpenError, Incomp
 _RECORDS = "records"
 
 
-def build_assets(pipeline: Pipeline, *, translator: AgentTranslator | None = None) -> list[dg.AssetsDefinition]:
+def build_assets(
+    pipeline: Pipeline, *, translator: AgentTranslator | None = None, backfill_policy: dg.BackfillPolicy | None = None
+) -> list[dg.AssetsDefinition]:
     """One asset per agent, the entry first. Raises `WiringError` when the translator changed a key."""
-    return [build_asset(pipeline, agent, translator=translator) for agent in pipeline.order]
+    return [build_asset(pipeline, agent, translator=translator, backfill_policy=backfill_policy) for agent in pipeline.order]
 
 
-def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator | None = None) -> dg.AssetsDefinition:
+def build_asset(
+    pipeline: Pipeline, agent: str, *, translator: AgentTranslator | None = None, backfill_policy: dg.BackfillPolicy | None = None
+) -> dg.AssetsDefinition:
     """The asset of one agent, with its boundary checks; by the entry's name, of the entry. With a quarantine, two assets by one op.
 
     An existing asset as entry is loaded by its own IO manager, like any input of any asset, and sealed as the entry.
+
+    With a `backfill_policy`, a run may be over a range of partitions, which one step does for all agents of the pipeline in the run: each
+    partition is a workflow of its own, and fails for itself. Give all agents of a pipeline the same. Raises `WiringError` where an agent
+    has a pool, or the pipeline no partitions.
 
     It requires the resources `state_store` (`StateStoreResource`), `policies` (`PolicyOverrides`), `state_io_manager` (`StateIOManager`,
     for plain downstream assets) and those that the agent takes as keyword-only parameters.
     """
     one = pipeline.node(agent)
+    if backfill_policy is not None:
+        check_backfills(pipeline)
     key, translator = dg.AssetKey([pipeline.name, agent]), translator or AgentTranslator()
     spec = _named(translator.get_asset_spec(one, pipeline), key, agent)
     source = dg.AssetKey(one.asset_key) if isinstance(one, ExternalEntry) else None
@@ -80,6 +91,8 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
             key = _partition(context, one)
             log = context.log if key is None else WorkflowLog(context.log, Whose(f"{pipeline.name}/{key}", agent))
             log.info(f"{agent} is not started here: its sensor does, once all that it reads is sealed.")
+        elif backfill_policy is not None and not context.has_partition_key:
+            yield from over_partitions(context, pipeline, one, inputs.get(_RECORDS))
         else:
             yield from _selected(context, _materialize(context, pipeline, one, inputs.get(_RECORDS)))
 
@@ -88,10 +101,13 @@ def build_asset(pipeline: Pipeline, agent: str, *, translator: AgentTranslator |
         specs=[one_of_them.with_io_manager_key(IO_MANAGER) for one_of_them in specs],
         ins={_RECORDS: dg.AssetIn(source)} if source else {},
         check_specs=boundary_check_specs(pipeline, agent),
-        required_resource_keys={STATE_STORE, POLICIES, *one.resources},
+        # The step of a run over many partitions does them for all agents.
+        required_resource_keys={STATE_STORE, POLICIES, *(pipeline.resources if backfill_policy else one.resources)},
         pool=one.pool,
-        can_subset=is_subscriber,  # then a step may go without outputs: what the sensors start is left to them
-        hooks={build_request_hook(pipeline)} if agent in with_effects(pipeline) else None,
+        # Then a step may go without outputs: what the sensors start is left to them, and what is told of many partitions is told by events.
+        can_subset=is_subscriber or backfill_policy is not None,
+        hooks={build_request_hook(pipeline)} if (with_effects(pipeline) if backfill_policy else agent in with_effects(pipeline)) else None,
+        backfill_policy=backfill_policy,
         op_tags=_op_tags(pipeline, one),
     )
     return wrap(materialize)

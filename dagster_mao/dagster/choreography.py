@@ -6,7 +6,7 @@ Its cursor and its run keys may be lost.
 
 import datetime as dt
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dagster as dg
@@ -31,19 +31,18 @@ from dagster_mao.choreography import (
 )
 from dagster_mao.configuration import config_digest
 from dagster_mao.correlation import Whose, WorkflowLog
-from dagster_mao.dagster.anchors import SEAL_DIGEST
 from dagster_mao.dagster.assets import op_name
 from dagster_mao.dagster.endings import standing
 from dagster_mao.dagster.metadata import of_pattern
 from dagster_mao.dagster.policies import POLICIES
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import BATCH_TAG, WORKFLOWS_TAGGED, is_fresh, workflow_tags
-from dagster_mao.dagster.telling import Telling
+from dagster_mao.dagster.telling import Telling, untold
 from dagster_mao.errors import MaoError
 from dagster_mao.gateway import shared_store
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.saga import request
-from dagster_mao.state import Seal, StateStore
+from dagster_mao.state import StateStore
 
 RUNS_AT_ONCE = 4
 """Runs of one agent that may be queued or at work at a time. A backlog waits in batches, not in Dagster's queue."""
@@ -51,8 +50,6 @@ RUNS_AT_ONCE = 4
 STARTS_WITHIN = 120.0
 """Seconds. A run that has not started by then is taken for dead, and its batch is launched again. Should it start later, it does nothing.
 """
-
-_CLOCKS = 60.0  # seconds by which those of a sealer and of Dagster may differ
 
 _LAUNCHED = (dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING)
 _UNFINISHED = [
@@ -311,7 +308,7 @@ def _delivered(context: dg.OpExecutionContext, pipeline: Pipeline, agent: Agent)
         context.log.info(str(error))
         if again:
             context.log.info(f"{again} workflows that failed in this batch are delivered again, by the sensor, in a run of their own.")
-    for seal in _untold(context.instance, store, pipeline, agent, set(done_of(store, run_key)) - told):
+    for seal in untold(context.instance, store, pipeline, agent, set(done_of(store, run_key)) - told):
         yield from telling.sealed(Outcome(seal, (), reused=True))
     yield from telling.summary()
     telling.end()
@@ -340,7 +337,7 @@ def _taken_in(context: dg.OpExecutionContext, pipeline: Pipeline) -> Iterator[An
     except MaoError as error:
         yield from telling.failed(f"{pipeline.name}/{intake_workflow(run_key)}", error)
     else:
-        seals = [told.outcome.seal] if told.outcome else _untold(context.instance, store, pipeline, entry, [told.workflow_id])
+        seals = [told.outcome.seal] if told.outcome else untold(context.instance, store, pipeline, entry, [told.workflow_id])
         for seal in seals:
             yield from telling.sealed(told.outcome or Outcome(seal, (), reused=True))
     yield from telling.summary()
@@ -377,24 +374,6 @@ def _told(context: dg.OpExecutionContext, store: StateStore, pipeline: Pipeline,
     else:
         yield from telling.failed(one.workflow_id, one.error)
         _ask_for_compensation(context, store, pipeline, telling.agent.name, one.workflow_id, type(one.error).__name__)
-
-
-def _untold(instance: dg.DagsterInstance, store: StateStore, pipeline: Pipeline, agent: Agent, workflows: Iterable[str]) -> list[Seal]:
-    """What a run of the batch sealed that died before it told."""
-    found = store.seals_of(workflows).values()
-    own = [seal for seals in found for seal in [one for one in seals if one.agent == agent.name and one.path][-1:]]
-    if not own:
-        return []
-    since = min(seal.sealed_at for seal in own).timestamp() - _CLOCKS
-    wanted = dg.AssetRecordsFilter(dg.AssetKey([pipeline.name, agent.name]), after_timestamp=since)
-    told, cursor, has_more = set[str](), None, True
-    while has_more:
-        page = instance.fetch_materializations(wanted, limit=1000, cursor=cursor)
-        told |= {
-            str(one.metadata[SEAL_DIGEST].value) for r in page.records if (one := r.asset_materialization) and SEAL_DIGEST in one.metadata
-        }
-        cursor, has_more = page.cursor, page.has_more
-    return [seal for seal in own if seal.seal_digest not in told]
 
 
 def _log_workflows(context: dg.OpExecutionContext, store: StateStore, run_key: str) -> None:

@@ -30,6 +30,7 @@ def build_definitions(
     translator: AgentTranslator | None = None,
     alert: Callable[[BreakerAlert], object] | None = None,
     scheduled: bool = False,
+    backfill_policy: dg.BackfillPolicy | None = None,
 ) -> dg.Definitions:
     """Everything that Dagster needs to run, show and schedule a pipeline; merge it with other definitions as you like.
 
@@ -38,12 +39,13 @@ def build_definitions(
     changes agents' policies; without it there are none until somebody writes them in the launchpad. Raises `WiringError` when a resource is
     missing, or an override names what there is not.
 
-    With `scheduled`, the schedule of a pipeline with partitions by time runs from the start; else it is switched on in the UI.
+    With `scheduled`, the schedule of a pipeline with partitions by time runs from the start; else it is switched on in the UI. By default a
+    backfill makes a run per partition; with `backfill_policy=dg.BackfillPolicy.single_run()` one run takes them all (`build_asset`).
 
     Where an agent has a breaker, a sensor shows how it stands (`build_breaker_sensor`); `alert` is called for each that opens. Where an
     agent has effects, a sensor starts a job that compensates attempts which did not complete (`build_compensation_sensor`).
     """
-    assets = build_assets(pipeline, translator=translator)
+    assets = build_assets(pipeline, translator=translator, backfill_policy=backfill_policy)
     job = build_job(pipeline) if pipeline.entry_name else None
     status = dg.DefaultScheduleStatus.RUNNING if scheduled else dg.DefaultScheduleStatus.STOPPED
     schedule = build_schedule(pipeline, job, default_status=status) if job else None

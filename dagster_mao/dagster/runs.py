@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import dagster as dg
 
@@ -39,17 +40,36 @@ def open_attempt(
     store: StateStore, instance: dg.DagsterInstance, run: dg.DagsterRun, *, pipeline: str, partition_key: str | None
 ) -> Attempt:
     """Joins the attempt that a run belongs to, on the workflow of its partition. Raises as `StateStore.open_attempt` does."""
+    return open_joined(store, joined(instance, run, pipeline), pipeline=pipeline, partition_key=partition_key)
+
+
+class Joined(NamedTuple):
+    """Which attempt a run belongs to: the run and those that it re-executes, the root last; what the root set out to seal."""
+
+    lineage: tuple[str, ...]
+    plan: tuple[str, ...]
+    entry: str
+    tagged_workflow: str | None
+
+
+def joined(instance: dg.DagsterInstance, run: dg.DagsterRun, pipeline: str) -> Joined:
+    """The attempt that a run belongs to, whatever its workflow."""
     lineage = ancestry(instance, run)
     root = instance.get_run_by_id(lineage[-1]) or run
     plan, entry = planned(instance, root, pipeline)
+    return Joined(lineage, plan, entry, _tagged_workflow(root.tags, pipeline))
+
+
+def open_joined(store: StateStore, joined: Joined, *, pipeline: str, partition_key: str | None) -> Attempt:
+    """`open_attempt`, for a run of many workflows, which all know the same of it."""
     return store.open_attempt(
         pipeline=pipeline,
-        attempt=lineage[-1],
-        run_id=run.run_id,
-        lineage=lineage,
-        plan=plan,
-        entry=entry,
-        workflow_key=partition_key if partition_key is not None else _tagged_workflow(root.tags, pipeline),
+        attempt=joined.lineage[-1],
+        run_id=joined.lineage[0],
+        lineage=joined.lineage,
+        plan=joined.plan,
+        entry=joined.entry,
+        workflow_key=partition_key if partition_key is not None else joined.tagged_workflow,
     )
 
 
@@ -83,6 +103,11 @@ def is_started(instance: dg.DagsterInstance, run: dg.DagsterRun, pipeline: str, 
     """Whether a run starts an agent that else starts by itself: not where it seals what the agent waits for."""
     root = instance.get_run_by_id(ancestry(instance, run)[-1]) or run
     return agent in _starting(_steps(instance, root, pipeline))
+
+
+def starting(instance: dg.DagsterInstance, run: dg.DagsterRun, pipeline: str) -> set[str]:
+    """The agents that a run itself starts, of the steps that it executes."""
+    return _starting(_steps(instance, run, pipeline))
 
 
 def _starting(steps: Sequence[Mapping[str, str]]) -> set[str]:
@@ -120,7 +145,7 @@ def only_partition(keys: Iterable[str], what: str) -> str:
     if len(found) != 1:
         raise WiringError(
             f"A run of {what} covers {len(found)} partitions; a workflow is one partition",
-            fix="leave the backfill policy at one run per partition",
+            fix="backfill with a run per partition, or build_definitions(backfill_policy=dg.BackfillPolicy.single_run())",
         )
     return found[0]
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from dagster_mao.agent import Agent
 from dagster_mao.boundary import PINNED_BASE, Check, Outcome
 from dagster_mao.correlation import Whose, WorkflowLog
+from dagster_mao.dagster.anchors import SEAL_DIGEST
 from dagster_mao.dagster.metadata import of_calls, of_check, of_deferred, of_seal
 from dagster_mao.dagster.quarantine import data_version, of_quarantine, quarantine_key
 from dagster_mao.errors import FencedError, MaoError, PinError, StaleStateError, TamperedError
@@ -21,6 +22,7 @@ UNPINNED = (FencedError, PinError, StaleStateError, TamperedError)
 _SHOWN = 200  # rows of a table in the UI
 _NO_EVENT = "NULL"  # as Dagster writes it
 _TRACES = 5  # errors of a run whose stack traces are told
+_CLOCKS = 60.0  # seconds by which those of a sealer and of Dagster may differ
 
 
 def result(key: dg.AssetKey, check: Check) -> dg.AssetCheckResult:
@@ -209,6 +211,24 @@ class Telling:
                 metadata=of_check(check),
                 partition=partition,
             )
+
+
+def untold(instance: dg.DagsterInstance, store: StateStore, pipeline: Pipeline, agent: Agent, workflows: Iterable[str]) -> list[Seal]:
+    """The newest seals of an agent in these workflows of which Dagster was not told: whoever sealed them died first."""
+    found = store.seals_of(workflows).values()
+    own = [seal for seals in found for seal in [one for one in seals if one.agent == agent.name and one.path][-1:]]
+    if not own:
+        return []
+    since = min(seal.sealed_at for seal in own).timestamp() - _CLOCKS
+    wanted = dg.AssetRecordsFilter(dg.AssetKey([pipeline.name, agent.name]), after_timestamp=since)
+    told, cursor, has_more = set[str](), None, True
+    while has_more:
+        page = instance.fetch_materializations(wanted, limit=1000, cursor=cursor)
+        told |= {
+            str(one.metadata[SEAL_DIGEST].value) for r in page.records if (one := r.asset_materialization) and SEAL_DIGEST in one.metadata
+        }
+        cursor, has_more = page.cursor, page.has_more
+    return [seal for seal in own if seal.seal_digest not in told]
 
 
 def failures_table(failures: Sequence[Failed]) -> dg.TableMetadataValue:

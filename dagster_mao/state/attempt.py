@@ -137,9 +137,8 @@ class Attempt:
                 fix = "it is due once all that it reads is sealed"
                 raise PinError("It was not told which version of it to read", agent=agent, workflow=self.workflow_id, fix=fix)
             return _untouched(self._reads[agent])
-        own = [seal for seal in self._seen if self._is_own(seal, agent)]
-        if own:
-            return _untouched(own[-1])
+        if (own := self.own(agent)) is not None:
+            return _untouched(own)
         if agent in self.plan:
             raise PinError(
                 "This attempt sets out to seal it and has not done so yet",
@@ -156,6 +155,10 @@ class Attempt:
                 fix=f"materialise {agent} in the same run, or first",
             )
         return _untouched(state[agent])
+
+    def own(self, agent: str) -> Seal | None:
+        """What this run, or the runs that it re-executes, sealed last of the agent; None where they sealed nothing of it."""
+        return next((seal for seal in reversed(self._seen) if self._is_own(seal, agent)), None)
 
     def previous(self, agent: str) -> Seal | None:
         """What the agent had sealed in the effective state when the attempt began; None before any attempt completed."""

@@ -93,8 +93,8 @@ def pipeline(name: str = "loans", **changes: Any) -> Pipeline:
     return Pipeline(name, **{"entry": applications, "agents": AGENTS, "owners": ["team:risk"], **changes})
 
 
-def definitions(folder: Path, **changes: Any) -> dg.Definitions:
-    return build_definitions(pipeline(**changes), resources=resources(folder))
+def definitions(folder: Path, *, backfill_policy: dg.BackfillPolicy | None = None, **changes: Any) -> dg.Definitions:
+    return build_definitions(pipeline(**changes), resources=resources(folder), backfill_policy=backfill_policy)
 
 
 def resources(folder: Path) -> dict[str, Any]:
@@ -115,10 +115,10 @@ def state_io_manager(folder: Path) -> StateIOManager:
     return StateIOManager(state_store=StateStoreResource(root=str(folder / "state")))
 
 
-def _job(executor: dg.ExecutorDefinition) -> dg.JobDefinition:
+def _job(executor: dg.ExecutorDefinition, *, backfill_policy: dg.BackfillPolicy | None = None, **changes: Any) -> dg.JobDefinition:
     # Dagster keeps a reconstructed job for the whole process, so where it works must not be fixed when it is made.
     given = {"desk": Desk(folder=dg.EnvVar("LOANS_FOLDER")), "state_store": StateStoreResource(root=dg.EnvVar("LOANS_STATE"))}
-    defs = build_definitions(pipeline(), resources=given)
+    defs = build_definitions(pipeline(**changes), resources=given, backfill_policy=backfill_policy)
     return dg.Definitions.merge(defs, dg.Definitions(executor=executor)).resolve_job_def("loans_job")
 
 
@@ -130,3 +130,9 @@ def loans_job() -> dg.JobDefinition:
 def loans_job_in_processes() -> dg.JobDefinition:
     """The same, every step in a process of its own."""
     return _job(dg.multiprocess_executor.configured({"max_concurrent": 2}))
+
+
+def loans_job_over_ranges() -> dg.JobDefinition:
+    """The same on three days, of which one run may take several."""
+    days = dg.DailyPartitionsDefinition(start_date="2026-01-05", end_date="2026-01-08")
+    return _job(dg.in_process_executor, backfill_policy=dg.BackfillPolicy.single_run(), partitions_def=days)

@@ -124,7 +124,7 @@ def test_one_run_over_several_partitions_is_refused(desk):
     job = daily(desk).resolve_job_def("loans_job")
     result = job.execute_in_process(tags=tags, raise_on_error=False)
     assert not result.success
-    assert "one run per partition" in result.failure_data_for_node("loans__applications").user_failure_data.description
+    assert "a run per partition" in result.failure_data_for_node("loans__applications").user_failure_data.description
     assert store(desk).workflows() == []
 
 
