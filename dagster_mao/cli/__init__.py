@@ -3,7 +3,7 @@
 Exit codes: 0 good, 1 a bad answer (findings, differences, nothing by that name, a store that cannot be read), 2 wrong usage.
 """
 
-from dagster_mao.cli import breakers, calls, choreography, compensate, look, quarantine, verify  # each registers its commands
+from dagster_mao.cli import audit, breakers, calls, choreography, compensate, look, quarantine, verify  # each registers its commands
 from dagster_mao.cli._app import app
 
-__all__ = ["app", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "verify"]
+__all__ = ["app", "audit", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "verify"]

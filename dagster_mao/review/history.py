@@ -88,8 +88,12 @@ def known(store: StateStore, workflow: str) -> list[Seal]:
     raise UnknownVersionError("There is no such workflow in this store", workflow=workflow, fix=fix)
 
 
-def records(store: StateStore, seal: Seal, *, key: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+def records(
+    store: StateStore, seal: Seal, *, key: str | None = None, limit: int | None = None, unmask: bool = False
+) -> list[dict[str, Any]]:
     """Rows of a state version, masked: all, the first `limit`, or those whose key reads as `key`.
+
+    `unmask` shows personal fields as they are: to be recorded as a disclosure before.
 
     Raises `TamperedError` when the snapshot is not what was sealed. A version without rows of its own (a fence) has none.
     """
@@ -102,7 +106,8 @@ def records(store: StateStore, seal: Seal, *, key: str | None = None, limit: int
         frame = frame.filter(pl.col(seal.key).cast(pl.String) == key)
     if limit is not None:
         frame = frame.head(limit)
-    return [masked(seal, row) for row in frame.collect(engine="streaming").iter_rows(named=True)]
+    rows = frame.collect(engine="streaming").iter_rows(named=True)
+    return list(rows) if unmask else [masked(seal, row) for row in rows]
 
 
 def with_record(store: StateStore, seals: Sequence[Seal], key: str) -> list[tuple[Seal, list[dict[str, Any]]]]:

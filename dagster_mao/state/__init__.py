@@ -2,6 +2,7 @@
 
 from dagster_mao.state.attempt import Attempt, Provenance, effective, is_completed
 from dagster_mao.state.calls import CALLS_SCHEMA, CALLS_SUFFIX, CallSummary
+from dagster_mao.state.disclosure import DISCLOSURE_SCHEMA
 from dagster_mao.state.kept import KeptFile, KeptFrames
 from dagster_mao.state.objects import reaching
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
@@ -14,6 +15,7 @@ __all__ = [
     "CALLS_SUFFIX",
     "DEFERRED_SCHEMA",
     "DEFERRED_SUFFIX",
+    "DISCLOSURE_SCHEMA",
     "DISPOSITION_SCHEMA",
     "QUARANTINE_SCHEMA",
     "QUARANTINE_SUFFIX",

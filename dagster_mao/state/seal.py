@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-Kind = Literal["entry", "output", "fence", "compensated", "disposition"]
+Kind = Literal["entry", "output", "fence", "compensated", "disposition", "disclosure"]
 QUARANTINE_SUFFIX = "_quarantine"  # of the table, and of the asset, beside the agent's own
 DEFERRED_SUFFIX = "_deferred"
 

@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version as library_version
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import polars as pl
@@ -17,6 +17,7 @@ from dagster_mao.errors import PinError, TamperedError, UnknownVersionError, Wir
 from dagster_mao.state import snapshots
 from dagster_mao.state.attempt import Attempt, Pins, effective, entry_of, is_completed, next_seal
 from dagster_mao.state.calls import CALLS_SUFFIX, CallsTable
+from dagster_mao.state.disclosure import DISCLOSURE_SCHEMA
 from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects, safe_name
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
@@ -194,21 +195,40 @@ class StateStore:
                         workflow=workflow_id,
                         fix="`dagster-mao quarantine list` shows what there is",
                     )
-        about = seen[decisions["version"][0]]
-        decision = uuid.uuid4().hex
-        with snapshots.staged(self.objects, decisions.select(DISPOSITION_SCHEMA.names()).cast(DISPOSITION_SCHEMA)) as batch:
-            path = f"dispositions/{about.pipeline}/{quote(workflow_id, safe='')}/{batch.digest}.parquet"
+        parents = [seen[version].as_parent for version in decisions["version"].unique().sort()]
+        return self._told_by_people(seen, "disposition", decisions.select(DISPOSITION_SCHEMA.names()).cast(DISPOSITION_SCHEMA), parents)
+
+    def disclose(self, workflow_id: str, disclosures: pl.DataFrame) -> Seal:
+        """Records to whom personal data of a workflow is shown, rows of `DISCLOSURE_SCHEMA`, as a version of it: chained, never changed.
+
+        To be called before anything is shown. Raises `UnknownVersionError` when nothing was sealed for the workflow.
+        """
+        seen = self.seals(workflow_id)
+        if not seen:
+            raise UnknownVersionError("Nothing was sealed for this workflow", workflow=workflow_id, fix="there is nothing to disclose")
+        rows = disclosures.select(DISCLOSURE_SCHEMA.names()).cast(DISCLOSURE_SCHEMA)
+        return self._told_by_people(seen, "disclosure", rows, [seen[-1].as_parent])
+
+    def disclosures(self, workflow_id: str) -> pl.DataFrame:
+        """To whom personal data of a workflow was shown, oldest first, as `DISCLOSURE_SCHEMA` says."""
+        told = [seal for seal in self.seals(workflow_id) if seal.kind == "disclosure"]
+        return pl.concat([pl.DataFrame(schema=DISCLOSURE_SCHEMA), *(self.read(seal).collect() for seal in told)])
+
+    def _told_by_people(self, seen: Sequence[Seal], kind: Literal["disposition", "disclosure"], rows: pl.DataFrame, parents: Any) -> Seal:
+        workflow_id, told = seen[0].workflow_id, uuid.uuid4().hex
+        with snapshots.staged(self.objects, rows) as batch:
+            path = f"{kind}s/{seen[0].pipeline}/{quote(workflow_id, safe='')}/{batch.digest}.parquet"
             self.objects.adopt(batch.file, path)
             row = {
-                "parents": [seen[version].as_parent for version in decisions["version"].unique().sort()],
+                "parents": parents,
                 "digest": batch.digest,
                 "path": path,
-                "row_count": decisions.height,
+                "row_count": rows.height,
                 "size_bytes": batch.size_bytes,
-                "contract": "Disposition",
+                "contract": kind.capitalize(),
                 "contract_version": "1",
             }
-            return self._log.append(workflow_id, seen, lambda now: _of_nobody(now, "disposition", decision, decision, **row))
+            return self._log.append(workflow_id, seen, lambda now: _of_nobody(now, kind, told, told, **row))
 
     def open_attempt(
         self,
