@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_mao.dagster.assets import IO_MANAGER, asset_keys, build_assets
+from dagster_mao.dagster.audit import build_audit_job
 from dagster_mao.dagster.breakers import BreakerAlert, build_breaker_sensor, guarded_agents
 from dagster_mao.dagster.checks import LAG, build_chain_checks, checks_of_all
 from dagster_mao.dagster.io_manager import StateIOManager
@@ -44,6 +45,8 @@ def build_definitions(
 
     Where an agent has a breaker, a sensor shows how it stands (`build_breaker_sensor`); `alert` is called for each that opens. Where an
     agent has effects, a sensor starts a job that compensates attempts which did not complete (`build_compensation_sensor`).
+
+    The job `<pipeline>_audit` writes the dossier of a workflow (`build_audit_job`).
     """
     assets = build_assets(pipeline, translator=translator, backfill_policy=backfill_policy)
     job = build_job(pipeline) if pipeline.entry_name else None
@@ -70,7 +73,7 @@ def build_definitions(
     return dg.Definitions(
         assets=assets,
         asset_checks=checks,
-        jobs=[*([job] if job else []), *agent_jobs, *compensating],
+        jobs=[*([job] if job else []), *agent_jobs, *compensating, build_audit_job(pipeline)],
         schedules=[schedule] if schedule else [],
         sensors=sensors,
         resources=_resources(pipeline, dict(resources or {})),

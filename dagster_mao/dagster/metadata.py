@@ -1,6 +1,7 @@
 """What the UI tells: of an agent when the code location loads, of a state version when it is sealed, of a check when it is evaluated."""
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -117,6 +118,7 @@ def of_seal(seal: Seal, pipeline: Pipeline, *, reused: bool, calls: CallSummary 
         "mao/kind": seal.kind,
         "mao/parents": parents_table(seal.parents),
         "mao/workflow": dg.MetadataValue.text(seal.workflow_id),
+        "mao/audit": dg.MetadataValue.text(f"dagster-mao audit {shlex.quote(seal.workflow_id)}"),
         "mao/attempt": dg.MetadataValue.dagster_run(seal.attempt),
         "mao/plan": dg.MetadataValue.text(", ".join(seal.plan)),
         "mao/base": seal.base,

@@ -106,7 +106,8 @@ def test_why_was_417_declined_what_did_the_score_agent_see_and_has_anybody_touch
     assert "score @1, from applications@0" in told
     assert re.search(r"amount\s+9000", told)
     assert "Untouched since: 3 versions" in told
-    assert "Ada" not in told and "416" not in told
+    assert "Ada" not in told
+    assert "416" not in told
     page, facts = written()
     (decided,) = [v for v in facts["versions"] if v["seal"]["agent"] == "approval"]
     assert decided["said"] == [{"application_id": "417", "outcome": "declined", "why": "-200 points"}]
@@ -180,7 +181,9 @@ def test_nothing_is_shown_that_could_not_be_recorded(store: mao.StateStore, monk
 
 def test_a_disclosure_changes_nothing_of_what_is_in_effect_and_holds_up_nobody(store: mao.StateStore) -> None:
     before = store.effective(DAY_3)
-    attempt = store.open_attempt(pipeline="credit", attempt="b", run_id="b", plan=["score"], entry="applications", workflow_key="2026-03-03")
+    attempt = store.open_attempt(
+        pipeline="credit", attempt="b", run_id="b", plan=["score"], entry="applications", workflow_key="2026-03-03"
+    )
     store.disclose(DAY_3, pl.DataFrame({"record": [None], "why": ["w"], "by": ["b"], "at": [before["score"].sealed_at]}))
     assert store.effective(DAY_3) == before
     assert attempt.pin("applications") == before["applications"]
@@ -223,9 +226,9 @@ def test_dagster_says_who_ran_it_what_its_checks_said_and_whether_the_tail_was_c
     day = dg.StaticPartitionsDefinition(["2026-03-03"])
     daily = mao.Pipeline("credit", entry=applications, agents=[score, approval], partitions_def=day)
     resources = {"state_store": resource, "brought": dg.ResourceDefinition.hardcoded_resource(BROUGHT)}
-    job = daily.build_definitions(resources=resources).resolve_job_def("credit_job")
+    defs = daily.build_definitions(resources=resources)
     with dg.DagsterInstance.from_config(str(home)) as instance:
-        run = job.execute_in_process(instance=instance, partition_key="2026-03-03", tags={"user": "Hypatia"})
+        run = defs.resolve_job_def("credit_job").execute_in_process(instance=instance, partition_key="2026-03-03", tags={"user": "Hypatia"})
     store = resource.store()
     told = audit(store, "--dagster-home", str(home), "--url", "http://127.0.0.1:3000/")
     assert "3 anchors of Dagster's event log" in told
@@ -238,6 +241,35 @@ def test_dagster_says_who_ran_it_what_its_checks_said_and_whether_the_tail_was_c
     shutil.rmtree(tmp_path / "state" / "state_log")
     decide(store)  # a history that was written anew, with all its digests
     assert "anchor differs" in audit(store, "--dagster-home", str(home), "--out", "b.html", code=1)
+
+
+def test_the_job_writes_the_page_and_the_asset_leads_to_it(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    resource = StateStoreResource(root=str(tmp_path / "state"))
+    decide(resource.store())
+    resources = {"state_store": resource, "brought": dg.ResourceDefinition.hardcoded_resource(BROUGHT)}
+    job = credit.build_definitions(resources=resources).resolve_job_def("credit_audit")
+
+    def asked(instance: dg.DagsterInstance, **config: str) -> dg.ExecuteInProcessResult:
+        run_config = {"ops": {"credit__audit": {"config": config}}}
+        return job.execute_in_process(run_config, instance=instance, raise_on_error=False)
+
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        assert asked(instance, workflow=DAY_3, record="417").success
+        observed = instance.fetch_observations(dg.AssetKey(["credit", "approval"]), limit=1).records[0].asset_observation
+        assert observed is not None
+        page = Path(str(observed.metadata["mao/dossier"].value))
+        assert page.parent == home / "dossiers"
+        assert page.stat().st_mode & 0o077 == 0
+        assert "declined" in page.read_text()
+        assert "| outcome | declined |" in str(observed.metadata["mao/dossier_summary"].value)
+        assert "Grace" not in page.read_text() + str(observed.metadata)
+        assert not asked(instance, workflow="other/1").success
+        assert not asked(instance, workflow="credit/1999-01-01").success
+        Path(resource.root, resource.store().seals(DAY_3)[1].path).write_bytes(b"PAR1")
+        assert not asked(instance, workflow=DAY_3).success, "it is not what was sealed"
 
 
 def test_what_was_undone_is_told(tmp_path: Path) -> None:
