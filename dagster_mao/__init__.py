@@ -40,6 +40,7 @@ from dagster_mao.gateway import Breaker, Policy, TransientError, usage
 from dagster_mao.journal import Effect, NotDoneError
 from dagster_mao.pipeline import ExternalEntry, Pipeline
 from dagster_mao.resubmission import Resubmission, resubmit
+from dagster_mao.review import as_of
 from dagster_mao.run import Result, run
 from dagster_mao.state import Seal, StateStore
 
@@ -103,6 +104,7 @@ __all__ = [
     "WiringError",
     "advise",
     "agent",
+    "as_of",
     "build_asset",
     "build_definitions",
     "resubmit",

@@ -35,6 +35,7 @@ EAGER = {
     "Undo",
     "advise",
     "agent",
+    "as_of",
     "resubmit",
     "run",
     "submit",

@@ -50,6 +50,10 @@ Database = Annotated[
     typer.Option("--database", metavar="URL", help="The shared SQL database, or the path of an SQLite file.", show_default=False),
 ]
 By = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides; the user of this terminal when left out.", show_default=False)]
+AsOf = Annotated[
+    str | None,
+    typer.Option("--as-of", metavar="TIME", help="As it was at this moment, as in 2026-03-03T12:00Z.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import importlib
 import os
 import re
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dagster_mao.cli._app import DATABASE, ROOT
 from dagster_mao.cli._print import misused
-from dagster_mao.errors import StoreError, WiringError
+from dagster_mao.errors import StoreError, UnknownVersionError, WiringError
 from dagster_mao.pipeline import Pipeline
+from dagster_mao.state import When, moment, passed
 from dagster_mao.state.store import StateStore
 
 if TYPE_CHECKING:
@@ -132,6 +134,23 @@ def _toml(file: Path) -> dict[str, Any]:
 def placed(place: str | None, file: Path) -> str | None:
     """A path of pyproject.toml counts from that file's folder."""
     return place if not place or "://" in place else str(file.parent / place)
+
+
+def moment_of(as_of: str | None) -> dt.datetime | None:
+    """The moment that --as-of says. A wrong usage where it is none, or has not come yet."""
+    if as_of is None:
+        return None
+    try:
+        return passed(moment(as_of))
+    except UnknownVersionError as error:
+        misused(f"--as-of: {error}")
+
+
+def when_of(when: When | None, as_of: str | None) -> When | None:
+    """What a reference says (`workflow@n`, `workflow@2026-03-03T12:00Z`) or --as-of. A wrong usage where both do."""
+    if when is not None and as_of is not None:
+        misused("say it once: WORKFLOW@N, WORKFLOW@TIME or --as-of")
+    return moment_of(as_of) if when is None else when
 
 
 def load_pipeline(given: str | None, workflow: str) -> Pipeline:

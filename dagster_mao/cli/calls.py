@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from dagster_mao.cli._app import Json, Root, Storage, app
+from dagster_mao.cli._app import AsOf, Json, Root, Storage, app
 from dagster_mao.cli._print import cell, counted, grid, plain, print_json, terminal
-from dagster_mao.cli._where import open_store
+from dagster_mao.cli._where import open_store, when_of
 from dagster_mao.review.calls import UNANSWERED, calls, told_of
 from dagster_mao.review.history import parse_reference
 from dagster_mao.state import CallSummary
@@ -22,27 +22,30 @@ _STYLES = {"failed": "red", "timed_out": "red", "refused": "yellow", "fallback":
 
 @app.command("calls", epilog="Example: dagster-mao calls credit/2026-01-01 --agent credit_score --failed")
 def calls_command(
-    reference: Annotated[str, typer.Argument(metavar="WORKFLOW[@N]", help="A workflow, or the run that sealed one version of it.")],
+    reference: Annotated[str, typer.Argument(metavar="WORKFLOW[@N]", help="A workflow, or the run of one version; also WORKFLOW@TIME.")],
     agent: Annotated[str | None, typer.Option(metavar="NAME", help="Show only this agent's calls.", show_default=False)] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Show only tries that failed, timed out or were refused.")] = False,
     limit: Annotated[
         int | None, typer.Option(min=0, help=f"Newest tries to list; 0 for all. {_SHOWN} for people, all in JSON.", show_default=False)
     ] = None,
+    as_of: AsOf = None,
     json_: Json = False,
     root: Root = None,
     storage_option: Storage = None,
 ) -> None:
     """List the calls of a workflow's agents, oldest first, and what they came to: also those of steps that failed."""
     store = open_store(root, storage_option, damaged=True)  # a workflow's first step may have failed: there are calls, and no seal
-    workflow, version = parse_reference(reference)
-    found = calls(store, workflow, version, agent=agent)
+    workflow, when = parse_reference(reference)
+    when = when_of(when, as_of)
+    found = calls(store, workflow, when, agent=agent)
     summaries = {name: CallSummary.of(rows) for (name,), rows in found.group_by("agent", maintain_order=True)}
     chosen = found.filter(pl.col("outcome").is_in(UNANSWERED)) if failed else found
     most = (0 if json_ else _SHOWN) if limit is None else limit
     shown = chosen.tail(most) if most else chosen
     if json_:
         came_to = {str(name): summary.model_dump() for name, summary in summaries.items()}
-        print_json({"workflow_id": workflow, "version": version, "summary": came_to, "calls": shown.to_dicts()})
+        told = {"version": when, "as_of": None} if isinstance(when, int) else {"version": None, "as_of": when}
+        print_json({"workflow_id": workflow, **told, "summary": came_to, "calls": shown.to_dicts()})
         return
     console = terminal()
     if shown.height:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import json
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
@@ -12,15 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dagster_mao.cli._app import Json, Root, Storage, app
+from dagster_mao.cli._app import AsOf, Json, Root, Storage, app
 from dagster_mao.cli._print import cell, grid, misused, moment, plain, print_json, print_rows, sheet, short, terminal
-from dagster_mao.cli._where import open_store
+from dagster_mao.cli._where import moment_of, open_store, when_of
 from dagster_mao.cli.contract import export, print_changes, show_changes, show_contracts
-from dagster_mao.errors import UnknownVersionError
 from dagster_mao.review.calls import told_of
 from dagster_mao.review.deferred import waiting
 from dagster_mao.review.diff import Difference, diff
-from dagster_mao.review.history import facts, history, known, parse_reference, records, resolve, with_record
+from dagster_mao.review.history import as_of as effective_then
+from dagster_mao.review.history import chosen, facts, history, parse_reference, records, resolve, sealed, with_record
+from dagster_mao.state import When
 from dagster_mao.state.calls import CallSummary
 from dagster_mao.state.seal import Seal
 from dagster_mao.state.store import StateStore
@@ -30,15 +32,24 @@ _DEFERRED_SHOWN = 10
 
 @app.command("history", epilog="Example: dagster-mao history credit/2026-01-01")
 def history_command(
-    workflow: Annotated[str | None, typer.Argument(help="A workflow id, <pipeline>/<key>; all when left out.", show_default=False)] = None,
+    reference: Annotated[
+        str | None,
+        typer.Argument(metavar="[WORKFLOW[@N]]", help="A workflow id, <pipeline>/<key>; all when left out.", show_default=False),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="Newest versions to list; 0 for all. 50 for people, all in JSON.")] = None,
+    as_of: AsOf = None,
     json_: Json = False,
     root: Root = None,
     storage_option: Storage = None,
 ) -> None:
-    """List the state versions of one workflow, or of all, oldest first."""
+    """List the state versions of one workflow, or of all, oldest first: as they are now, or were up to a version or a moment."""
+    when = moment_of(as_of)
     store = open_store(root, storage_option)
-    seals = history(store, workflow)
+    if reference is None:
+        seals = history(store, as_of=when)
+    else:
+        workflow, named = resolve(store, reference)
+        seals = history(store, workflow, as_of=when_of(named, as_of))
     shown = _newest(seals, (0 if json_ else 50) if limit is None else limit)
     if json_:
         print_json([facts(seal) for seal in shown])
@@ -55,12 +66,14 @@ def history_command(
     if len(shown) < len(seals):
         console.print(f"{len(seals) - len(shown)} older versions are not shown; --limit 0 shows all.")
     if not seals:
-        console.print("Nothing was sealed here yet.")
+        console.print("Nothing was sealed here yet." if reference is None and when is None else "Nothing was sealed here at that time.")
 
 
 @app.command("show", epilog="Example: dagster-mao show credit/2026-01-01@3 --record A17")
 def show_command(
-    reference: Annotated[str, typer.Argument(metavar="WORKFLOW[@N]", help="A workflow (its effective state), or one version of it.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="WORKFLOW[@N]", help="A workflow (its effective state), one version, or WORKFLOW@TIME.")
+    ],
     record: Annotated[str | None, typer.Option(metavar="KEY", help="Show the record with this key.", show_default=False)] = None,
     agent: Annotated[str | None, typer.Option(metavar="NAME", help="Show only this agent's version.", show_default=False)] = None,
     rows: Annotated[int, typer.Option(min=0, help="Records of a version to show.")] = 3,
@@ -72,36 +85,49 @@ def show_command(
         ),
     ] = None,
     odcs: Annotated[bool, typer.Option("--odcs", help="With --contract: as YAML of the Open Data Contract Standard.")] = False,
+    as_of: AsOf = None,
     json_: Json = False,
     root: Root = None,
     storage_option: Storage = None,
 ) -> None:
-    """Show a workflow's effective state, one version, one record through all agents, or a contract; personal fields masked."""
+    """Show a workflow's effective state, one version, one record through all agents, or a contract; personal fields masked.
+
+    The effective state is the one of now, or the one of a moment: of a workflow, or, with --as-of, of all workflows of a PIPELINE.
+    """
     if not contract and (against or odcs):
         misused("--against and --odcs go with --contract")
     if contract and record is not None:
         misused("--contract shows no --record")
     if odcs and (against or json_):
         misused("--odcs goes with neither --against nor --json")
-    earlier = _versioned(against) if against else None
+    if against:
+        _require_version(against, agent)
+    then = moment_of(as_of)
     store = open_store(root, storage_option)
-    workflow, version = resolve(store, reference)
-    seals = _chosen(store, workflow, version, agent)
-    whole = version is None and agent is None
+    if then is not None and "/" not in reference:
+        _show_pipeline(store, reference, then, agent, as_json=json_)
+        return
+    workflow, named = resolve(store, reference)
+    when = when_of(named, as_of)
+    seals = chosen(store, workflow, when, agent)
+    whole = not isinstance(when, int) and agent is None
     if contract:
-        _show_contract(store, workflow, seals, earlier, whole=whole, as_json=json_, as_odcs=odcs)
+        _show_contract(store, workflow, seals, against, agent, whole=whole, as_json=json_, as_odcs=odcs)
     elif record is not None:
         _show_records(store, workflow, with_record(store, seals, record), whole=whole, as_json=json_)
     elif whole:
-        _show_effective(store, workflow, seals, as_json=json_)
+        _show_effective(store, workflow, seals, when, as_json=json_)
     else:
         _show_records(store, workflow, [(seals[0], records(store, seals[0], limit=rows))], whole=False, as_json=json_)
 
 
 @app.command("diff", epilog="Example: dagster-mao diff credit/2026-01-01@5 credit/2026-01-02@5")
 def diff_command(
-    left: Annotated[str, typer.Argument(metavar="A@N", help="The version to start from.")],
-    right: Annotated[str, typer.Argument(metavar="B@M", help="The version to compare it with.")],
+    left: Annotated[str, typer.Argument(metavar="A@N", help="The version to start from; with --agent also WORKFLOW@TIME, or WORKFLOW.")],
+    right: Annotated[str, typer.Argument(metavar="B@M", help="The version to compare it with; the same.")],
+    agent: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of a workflow now or at a moment, this agent's version.", show_default=False)
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="Differing records to list; 0 for all. 20 for people, all in JSON.")] = None,
     json_: Json = False,
     root: Root = None,
@@ -111,9 +137,10 @@ def diff_command(
 
     Exits with 0 when the records are the same, with 1 when they differ. Fields marked personal are masked.
     """
-    references = [_versioned(text) for text in (left, right)]
+    for text in (left, right):
+        _require_version(text, agent)
     store = open_store(root, storage_option)
-    seals = [_sealed(store, workflow, version) for workflow, version in references]
+    seals = [sealed(store, text, agent=agent) for text in (left, right)]
     most = (0 if json_ else 20) if limit is None else limit
     found = diff(store, *seals, limit=most or None)
     if json_:
@@ -123,47 +150,30 @@ def diff_command(
     raise typer.Exit(0 if found.equal else 1)
 
 
-def _chosen(store: StateStore, workflow: str, version: int | None, agent: str | None) -> list[Seal]:
-    """The one version asked for, or the effective state (all agents, or the one asked for) in the order it was sealed."""
-    if version is not None:
-        seal = store.seal_at(workflow, version)
-        if agent not in (None, seal.agent):
-            raise UnknownVersionError(f"Version {version} is by {seal.agent}, not by {agent}", workflow=workflow)
-        return [seal]
-    state = store.effective(workflow)
-    if agent is not None:
-        if agent not in state:
-            there = ", ".join(state) or "nothing: no attempt has completed"
-            raise UnknownVersionError(
-                "The effective state has no version by this agent", agent=agent, workflow=workflow, fix=f"it has {there}"
-            )
-        return [state[agent]]
-    return sorted(state.values(), key=lambda seal: seal.version)
-
-
 def _show_contract(
-    store: StateStore, workflow: str, seals: Sequence[Seal], earlier: tuple[str, int] | None, *, whole: bool, as_json: bool, as_odcs: bool
+    store: StateStore,
+    workflow: str,
+    seals: Sequence[Seal],
+    against: str | None,
+    agent: str | None,
+    *,
+    whole: bool,
+    as_json: bool,
+    as_odcs: bool,
 ) -> None:
-    if earlier is not None:
+    if against is not None:
         if len(seals) != 1:
             misused("--against compares one contract: name a version, WORKFLOW@N, or an --agent")
-        show_changes(_sealed(store, *earlier), seals[0], as_json=as_json)
+        show_changes(sealed(store, against, agent=agent), seals[0], as_json=as_json)
     elif as_odcs:
         export(seals)
     else:
         show_contracts(seals, store.seals(workflow), whole=whole, as_json=as_json)
 
 
-def _versioned(text: str) -> tuple[str, int]:
-    workflow, version = parse_reference(text)
-    if version is None:
-        misused(f"{text!r} names no version: write WORKFLOW@N")
-    return workflow, version
-
-
-def _sealed(store: StateStore, workflow: str, version: int) -> Seal:
-    known(store, workflow)
-    return store.seal_at(workflow, version)
+def _require_version(text: str, agent: str | None) -> None:
+    if agent is None and not isinstance(parse_reference(text)[1], int):
+        misused(f"{text!r} names no version: write WORKFLOW@N, or name an --agent")
 
 
 def _newest(seals: list[Seal], limit: int) -> list[Seal]:
@@ -203,13 +213,31 @@ def _versions_table(seals: Sequence[Seal]) -> Table:
     return table
 
 
-def _show_effective(store: StateStore, workflow: str, state: Sequence[Seal], *, as_json: bool) -> None:
-    head = store.seals(workflow)[-1]
+def _show_pipeline(store: StateStore, pipeline: str, when: dt.datetime, agent: str | None, *, as_json: bool) -> None:
+    """What was effective in all its workflows."""
+    states = effective_then(store, pipeline, when)
+    found = [seal for state in states.values() for seal in state.values() if agent in (None, seal.agent)]
     if as_json:
-        print_json({"workflow_id": workflow, "head": head.version, "versions": [facts(seal) for seal in state]})
+        print_json({"pipeline": pipeline, "as_of": when, "versions": [facts(seal) for seal in found]})
         return
     console = terminal()
-    console.print(Text(f"{plain(workflow)}: the effective state, left by completed attempts", style="bold"))
+    console.print(Text(f"{plain(pipeline)}: what was effective at {_utc(when)}", style="bold"), soft_wrap=True)
+    table = grid("workflow", "agent", "n", "rows", "code version", "sealed (UTC)", numbers=("n", "rows"))
+    for seal in found:
+        version = seal.agent_version.removeprefix("sha256:")
+        table.add_row(*map(cell, [seal.workflow_id, seal.agent, seal.version, f"{seal.row_count:,}", version, moment(seal)[:-3]]))
+    console.print(table if found else "No attempt had completed.")
+
+
+def _show_effective(store: StateStore, workflow: str, state: Sequence[Seal], when: When | None, *, as_json: bool) -> None:
+    seals = store.seals(workflow, as_of=when)
+    head = seals[-1].version if seals else None
+    if as_json:
+        print_json({"workflow_id": workflow, "as_of": when, "head": head, "versions": [facts(seal) for seal in state]})
+        return
+    console = terminal()
+    then = f" at {_utc(when)}" if isinstance(when, dt.datetime) else ""
+    console.print(Text(f"{plain(workflow)}: the effective state{then}, left by completed attempts", style="bold"), soft_wrap=True)
     table = grid("agent", "n", "rows", "contract", "code version", "sealed (UTC)", numbers=("n", "rows"))
     for seal in state:
         contract = f"{seal.contract} v{seal.contract_version}"
@@ -221,7 +249,13 @@ def _show_effective(store: StateStore, workflow: str, state: Sequence[Seal], *, 
         shown = f"dagster-mao show '{plain(workflow)}@{state[-1].version}'"
         console.print(Text(f"One version with its records: {shown}", style="dim"), soft_wrap=True)
     else:
-        console.print(f"No attempt has completed. Versions 0 to {head.version} are of unfinished or fenced ones; see dagster-mao history.")
+        had, what = ("had", "were") if then else ("has", "are")
+        why = f"Versions 0 to {head} {what} of unfinished or fenced ones; see dagster-mao history."
+        console.print(f"No attempt {had} completed. {why if head is not None else 'Nothing was sealed yet.'}", soft_wrap=True)
+
+
+def _utc(when: dt.datetime) -> str:
+    return f"{when:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _show_records(

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dagster_mao.cli._app import HOME, By, Json, Root, Storage, app, me
+from dagster_mao.cli._app import HOME, AsOf, By, Json, Root, Storage, app, me
 from dagster_mao.cli._print import cell, counted, grid, misused, plain, print_json, sheet, status, terminal
-from dagster_mao.cli._where import load_pipeline, open_store, placed, project
+from dagster_mao.cli._where import load_pipeline, moment_of, open_store, placed, project
 from dagster_mao.contract import MASK
 from dagster_mao.errors import InvalidRecordsError, StaleStateError, UnknownVersionError
 from dagster_mao.pipeline import Pipeline
@@ -38,16 +38,18 @@ def list_command(
     workflow: Annotated[str | None, typer.Argument(help="A workflow id; all when left out.", show_default=False)] = None,
     agent: Annotated[str | None, typer.Option(metavar="NAME", help="Only what this agent's boundary refused.", show_default=False)] = None,
     all_: Annotated[bool, typer.Option("--all", help="Also what was decided on, superseded, or left by unfinished attempts.")] = False,
+    as_of: AsOf = None,
     json_: Json = False,
     root: Root = None,
     storage_option: Storage = None,
 ) -> None:
     """List the records that wait in quarantine in the effective state, oldest version first."""
+    when = moment_of(as_of)
     store = open_store(root, storage_option)
     if workflow is not None:
         known(store, workflow)
     workflows = [workflow] if workflow is not None else _quarantining(store)
-    found = [refusal for one in workflows for refusal in refusals(store, one, agent=agent, every=True)]
+    found = [refusal for one in workflows for refusal in refusals(store, one, agent=agent, every=True, as_of=when)]
     shown = found if all_ else [refusal for refusal in found if refusal.status == "open"]
     if json_:
         print_json([_as_json(refusal) for refusal in shown])
@@ -63,17 +65,19 @@ def list_command(
 def show_command(
     reference: Version,
     record: Annotated[str | None, typer.Option(metavar="KEY", help="Only the record with this key.", show_default=False)] = None,
+    as_of: AsOf = None,
     json_: Json = False,
     root: Root = None,
     storage_option: Storage = None,
 ) -> None:
     """Show what one version keeps in quarantine: rules, values (personal fields masked), and what was decided."""
+    when = moment_of(as_of)
     store = open_store(root, storage_option)
     seal = _version(store, reference)
-    found = refusals_of(store, seal)
+    found = refusals_of(store, seal, as_of=when)
     if record is not None:
         found = _chosen(seal, found, [record])
-    account = accounts(store, seal) if seal.key else None
+    account = accounts(store, seal, as_of=when) if seal.key else None
     if json_:
         sums = _sums(account) if account else {}
         print_json({"version": seal.reference, "agent": seal.agent, **sums, "records": [_as_json(refusal) for refusal in found]})
@@ -172,7 +176,7 @@ def _quarantining(store: StateStore) -> list[str]:
 
 def _version(store: StateStore, reference: str) -> Seal:
     workflow, version = parse_reference(reference)
-    if version is None:
+    if not isinstance(version, int):
         misused(f"{reference!r} names no version: write WORKFLOW@N")
     known(store, workflow)
     return store.seal_at(workflow, version)

@@ -1,19 +1,26 @@
 """Agents' snapshots for plain Dagster assets, pinned like an agent's own reads."""
 
+import datetime as dt
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 import dagster as dg
 import polars as pl
+from pydantic import Field
 
 from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.dagster.anchors import STATE_VERSION
 from dagster_mao.dagster.quarantine import QUARANTINE_OF
 from dagster_mao.dagster.resources import StateStoreResource
-from dagster_mao.dagster.runs import open_attempt
-from dagster_mao.errors import PinError, WiringError
-from dagster_mao.state import Attempt, Seal
+from dagster_mao.dagster.runs import open_attempt, tagged_workflow
+from dagster_mao.errors import PinError, UnknownVersionError, WiringError
+from dagster_mao.review import as_of, resolve, sealed
+from dagster_mao.review.history import chosen
+from dagster_mao.state import Attempt, Seal, StateStore, effective, is_moment, moment, require_one_entry
+
+AS_OF = "mao/as_of"
+"""Of an input's metadata, or as a tag of a run: the moment, or the version, that is read instead of what is effective."""
 
 
 class StateIOManager(dg.ConfigurableIOManager):
@@ -22,9 +29,14 @@ class StateIOManager(dg.ConfigurableIOManager):
     A run reads what it sealed itself; what it does not set out to seal, from the effective state as it was when the run first looked. A
     plain asset whose partition maps to several partitions of the agent gets a dict of frames by partition key. It never writes: agents
     seal.
+
+    Time travel: with `as_of`, what was effective at a moment (`2026-03-03T12:00Z`), or one version (`workflow@3`), is read instead. It is
+    said of one input by `dg.AssetIn(metadata={"mao/as_of": …})`, of a run by the tag `mao/as_of`, of all by `as_of` here; the first of
+    these that is there counts. Agents are not touched by it: they read what they pin.
     """
 
     state_store: dg.ResourceDependency[StateStoreResource]
+    as_of: str = Field(default="", description="Read what was effective at this moment, `2026-03-03T12:00Z`, and not what is now.")
 
     def load_input(self, context: dg.InputContext) -> Any:
         if not context.has_asset_partitions:
@@ -47,6 +59,11 @@ class StateIOManager(dg.ConfigurableIOManager):
     def _pinned(self, context: dg.InputContext, partition_key: str | None) -> Seal:
         pipeline, agent = _named(context, context.asset_key)
         run = context.step_context.dagster_run
+        of_input = context.definition_metadata.get(AS_OF)
+        if said := str(of_input or run.tags.get(AS_OF) or self.as_of):
+            key = partition_key if partition_key is not None else tagged_workflow(run.tags, pipeline)
+            together = [] if of_input else _agents_read(context, pipeline)
+            return _then(self.state_store.store(), said, pipeline, key, agent, together, context.step_context.node_handle.name)
         attempt = open_attempt(self.state_store.store(), context.instance, run, pipeline=pipeline, partition_key=partition_key)
         pinned = attempt.pin(agent)
         others = [other for other in _agents_read(context, pipeline) if other != agent]
@@ -63,6 +80,33 @@ class StateIOManager(dg.ConfigurableIOManager):
         store = self.state_store.store()
         rows = store.quarantine(seal).lazy() if _is_quarantine(context, context.asset_key) else store.read(seal)
         return rows.collect() if context.dagster_type.typing_type is pl.DataFrame else rows
+
+
+def _then(store: StateStore, said: str, pipeline: str, key: str | None, agent: str, together: Iterable[str], reader: str) -> Seal:
+    """The version that is meant. Raises `UnknownVersionError` where there is none, `PinError` where `together` are about other batches."""
+    if not is_moment(said):
+        if resolve(store, said)[1] is None:
+            raise UnknownVersionError(f"{said!r} names no version and no moment", agent=agent, fix="write workflow@3, or 2026-03-03T12:00Z")
+        found = sealed(store, said, agent=agent)
+        if found.pipeline != pipeline:
+            raise UnknownVersionError(f"{said!r} is of another pipeline than {pipeline!r}", agent=agent, fix="name a workflow of its own")
+        return found
+    when = moment(said)
+    workflow = f"{pipeline}/{key}" if key is not None else _last_then(store, pipeline, when)
+    seals = store.seals(workflow, as_of=when)
+    pinned = chosen(store, workflow, when, agent)[0]
+    state = effective(seals)
+    others = [state[other] for other in together if other in state and other != agent]
+    require_one_entry(seals, reader, [pinned, *others], fix="read as of another moment, or each input as of its own")
+    return pinned
+
+
+def _last_then(store: StateStore, pipeline: str, when: dt.datetime) -> str:
+    """The workflow that was sealed last of those that had something effective."""
+    states = as_of(store, pipeline, when)
+    if not states:
+        raise UnknownVersionError(f"No attempt of {pipeline!r} had completed at {when.isoformat()}", fix="name a later moment")
+    return max(states, key=lambda workflow: (max(seal.sealed_at for seal in states[workflow].values()), workflow))
 
 
 def _agents_read(context: dg.InputContext, pipeline: str) -> list[str]:

@@ -57,7 +57,7 @@ def joined(instance: dg.DagsterInstance, run: dg.DagsterRun, pipeline: str) -> J
     lineage = ancestry(instance, run)
     root = instance.get_run_by_id(lineage[-1]) or run
     plan, entry = planned(instance, root, pipeline)
-    return Joined(lineage, plan, entry, _tagged_workflow(root.tags, pipeline))
+    return Joined(lineage, plan, entry, tagged_workflow(root.tags, pipeline))
 
 
 def open_joined(store: StateStore, joined: Joined, *, pipeline: str, partition_key: str | None) -> Attempt:
@@ -158,6 +158,7 @@ def is_fresh(tags: Mapping[str, str], pipeline: Pipeline, agent: str) -> bool:
     return agent in fresh_agents(pipeline, [EVERY] if told.lower() == "true" else [name.strip() for name in told.split(",")])
 
 
-def _tagged_workflow(tags: Mapping[str, str], pipeline: str) -> str | None:
+def tagged_workflow(tags: Mapping[str, str], pipeline: str) -> str | None:
+    """The key of the workflow that a run's tag names; None where it names none."""
     tagged = tags.get(WORKFLOW_TAG)
     return tagged.removeprefix(f"{pipeline}/") if tagged else None

@@ -1,7 +1,20 @@
 """Review: what happened, read from the state and never written to it. Whatever is marked personal leaves this room masked."""
 
 from dagster_mao.review.diff import Difference, RecordDifference, diff
-from dagster_mao.review.history import facts, history, parse_reference, records, resolve
+from dagster_mao.review.history import as_of, facts, history, parse_reference, records, resolve, sealed
 from dagster_mao.review.masking import MASK, masked
 
-__all__ = ["MASK", "Difference", "RecordDifference", "diff", "facts", "history", "masked", "parse_reference", "records", "resolve"]
+__all__ = [
+    "MASK",
+    "Difference",
+    "RecordDifference",
+    "as_of",
+    "diff",
+    "facts",
+    "history",
+    "masked",
+    "parse_reference",
+    "records",
+    "resolve",
+    "sealed",
+]

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 import polars as pl
 
 from dagster_mao.review.history import known
-from dagster_mao.state import CALLS_SCHEMA, CallSummary, StateStore
+from dagster_mao.state import CALLS_SCHEMA, CallSummary, StateStore, When, passed
 
 UNANSWERED = ("failed", "timed_out", "refused")
 """The outcomes of tries that brought no answer."""
 
 
-def calls(store: StateStore, workflow: str, version: int | None = None, *, agent: str | None = None) -> pl.DataFrame:
-    """Rows of `CALLS_SCHEMA` of a workflow's agents, or of one, in the order they began; of a version, those of the run that sealed it.
+def calls(store: StateStore, workflow: str, when: When | None = None, *, agent: str | None = None) -> pl.DataFrame:
+    """Rows of `CALLS_SCHEMA` of a workflow's agents, or of one, in the order they began; of a version, those of the run that sealed it;
+    of a moment, those that had begun by then.
 
     A workflow need have sealed nothing: calls of steps that failed are there too. Raises `UnknownVersionError` when there is neither such a
     workflow nor a call in it.
     """
     pipeline = workflow.partition("/")[0]
-    seal = None if version is None else store.seal_at(workflow, version)
+    seal = store.seal_at(workflow, when) if isinstance(when, int) else None
+    until = passed(when) if isinstance(when, dt.datetime) else None
     callers = [seal.agent] if seal else [agent] if agent else store.callers(pipeline)
     found = [store.calls(pipeline, caller, workflow) for caller in callers if agent in (None, caller)]
     rows = store.collect(pl.concat([pl.LazyFrame(schema=CALLS_SCHEMA), *found]).sort("started", "agent", "call", "number"))
     if rows.is_empty():
         known(store, workflow)
+    if until is not None:
+        return rows.filter(pl.col("started") <= until)
     return rows if seal is None else rows.filter(pl.col("run_id") == seal.run_id)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import difflib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import polars as pl
 
 from dagster_mao.errors import UnknownVersionError
 from dagster_mao.review.masking import masked
+from dagster_mao.state import When, effective, is_moment, moment, there
 from dagster_mao.state.seal import Seal
 from dagster_mao.state.store import StateStore
 
@@ -47,35 +50,116 @@ def facts(seal: Seal) -> dict[str, Any]:
     return {name: row.pop(name) for name in _FACTS} | row
 
 
-def history(store: StateStore, workflow: str | None = None) -> list[Seal]:
-    """The seals of one workflow by version, or of all workflows in the order they were sealed.
+def history(store: StateStore, workflow: str | None = None, *, as_of: When | None = None) -> list[Seal]:
+    """The seals of one workflow by version, or of all workflows in the order they were sealed; `as_of`: those that were there then.
 
     Raises `UnknownVersionError` for a workflow that has none.
     """
     if workflow is not None:
-        return known(store, workflow)
+        seals = known(store, workflow)
+        return seals if as_of is None else there(seals, as_of, workflow=workflow)
     rows = store.collect(store.log().sort("sealed_at", "workflow_id", "version"))
-    return [Seal.model_validate(row) for row in rows.iter_rows(named=True)]
+    found = [Seal.model_validate(row) for row in rows.iter_rows(named=True)]
+    if as_of is None:
+        return found
+    chains = groupby(sorted(found, key=lambda seal: (seal.workflow_id, seal.version)), lambda seal: seal.workflow_id)
+    left = {seal.reference for name, chain in chains for seal in there(list(chain), as_of, workflow=name)}
+    return [seal for seal in found if seal.reference in left]
 
 
-def parse_reference(text: str) -> tuple[str, int | None]:
-    """`workflow@3` as ("workflow", 3), `workflow` as ("workflow", None). The last `@` counts; a bare one at the end says "no version"."""
-    match = _REFERENCE.fullmatch(text)
-    if match is None:
-        return text, None
-    return match[1], int(match[2]) if match[2] else None
+class _Sealed(NamedTuple):
+    """What of a seal tells whether it is effective."""
+
+    workflow_id: str
+    version: int
+    kind: str
+    agent: str
+    attempt: str
+    plan: list[str]
+    sealed_at: dt.datetime
 
 
-def resolve(store: StateStore, text: str) -> tuple[str, int | None]:
+def as_of(store: StateStore, name: str, when: dt.datetime | None = None) -> dict[str, dict[str, Seal]]:
+    """What was effective at a moment, by workflow, then by agent: of a pipeline, all workflows that had something effective then; of one
+    workflow (`<pipeline>/<key>`), it alone. Without a moment: what is effective now.
+
+    What came later does not count: a version that replaced another since, a fence or a compensation neither. Which versions were there at
+    a moment, `state.there` says. Raises `UnknownVersionError` when there is no such pipeline or workflow, or the moment is none.
+    """
+    if "/" in name:
+        known(store, name)
+        return {name: store.effective(name, as_of=when)}
+    rows = [_Sealed(*row) for row in store.columns(name, *_Sealed._fields).sort("workflow_id", "version").iter_rows()]
+    if not rows:
+        raise UnknownVersionError(f"There is no pipeline {name!r} in this store", fix="`dagster-mao history` lists what there is")
+    chains = ((workflow, list(chain)) for workflow, chain in groupby(rows, lambda row: row.workflow_id))
+    states = {workflow: effective(chain if when is None else there(chain, when)) for workflow, chain in chains}
+    seals = store.seals_at((row.workflow_id, row.version) for state in states.values() for row in state.values())
+    return {workflow: {agent: seals[workflow, row.version] for agent, row in state.items()} for workflow, state in states.items() if state}
+
+
+def chosen(store: StateStore, workflow: str, when: When | None = None, agent: str | None = None) -> list[Seal]:
+    """The one version that `when` numbers; else what is effective, now or at that moment, by all agents or by one, in the order of sealing.
+
+    Raises `UnknownVersionError` when the version is another agent's, or there is nothing by the agent.
+    """
+    if isinstance(when, int):
+        seal = store.seal_at(workflow, when)
+        if agent not in (None, seal.agent):
+            raise UnknownVersionError(f"Version {when} is by {seal.agent or 'nobody'}, not by {agent}", workflow=workflow)
+        return [seal]
+    state = store.effective(workflow, as_of=when)
+    if agent is not None:
+        if agent not in state:
+            had = ", ".join(state) or "nothing: no attempt had completed"
+            raise UnknownVersionError(
+                "The effective state has no version by this agent",
+                agent=agent,
+                workflow=workflow,
+                fix=f"it has {had}" if when is None else f"at that moment it had {had}",
+            )
+        return [state[agent]]
+    return sorted(state.values(), key=lambda seal: seal.version)
+
+
+def sealed(store: StateStore, reference: str, *, agent: str | None = None) -> Seal:
+    """The version that is meant by `workflow@n`; or, of one agent, what is effective in `workflow`, or was in `workflow@2026-03-03T12:00Z`.
+
+    Raises `UnknownVersionError` where that is not one version.
+    """
+    found = chosen(store, *resolve(store, reference), agent)
+    if len(found) != 1:
+        there_is = ", ".join(seal.agent for seal in found) or "nothing: no attempt had completed"
+        raise UnknownVersionError(f"{reference!r} is not one version", fix=f"write WORKFLOW@N, or name one agent; it has {there_is}")
+    return found[0]
+
+
+def parse_reference(text: str) -> tuple[str, When | None]:
+    """`workflow@3` as ("workflow", 3), `workflow@2026-03-03T12:00Z` with that moment, `workflow` as ("workflow", None).
+
+    The last `@` counts; a bare one at the end says "no version". Raises `UnknownVersionError` for a moment that lacks its time or its zone.
+    """
+    if match := _REFERENCE.fullmatch(text):
+        return match[1], int(match[2]) if match[2] else None
+    workflow, _, last = text.rpartition("@")
+    return (workflow, moment(last)) if workflow and is_moment(last) else (text, None)
+
+
+def resolve(store: StateStore, text: str) -> tuple[str, When | None]:
     """As `parse_reference`, except that the whole text is a workflow where only that makes sense: names may end like a version.
 
     Raises `UnknownVersionError` when there is no such workflow.
     """
-    workflow, version = parse_reference(text)
-    if version is not None and not store.seals(workflow) and store.seals(text):
+    try:
+        workflow, when = parse_reference(text)
+    except UnknownVersionError:
+        if not store.seals(text):
+            raise
+        return text, None
+    if when is not None and not store.seals(workflow) and store.seals(text):
         return text, None
     known(store, workflow)
-    return workflow, version
+    return workflow, when
 
 
 def known(store: StateStore, workflow: str) -> list[Seal]:

@@ -13,7 +13,7 @@ import polars as pl
 from dagster_mao.contract import field_of
 from dagster_mao.errors import UnknownVersionError
 from dagster_mao.review.masking import MASK, fields_of, is_personal
-from dagster_mao.state import DISPOSITION_SCHEMA, Seal, StateStore
+from dagster_mao.state import DISPOSITION_SCHEMA, Seal, StateStore, When, effective
 
 Status = Literal["open", "discarded", "resubmitted", "superseded", "unfinished"]
 Wrong = Literal["neither", "both", "doubled", "never_came_in"]
@@ -77,26 +77,28 @@ class Account:
         return told and not self.wrong_counts and self.came_in == self.sealed + held + self.deferred
 
 
-def refusals(store: StateStore, workflow: str, *, agent: str | None = None, every: bool = False) -> list[Refusal]:
+def refusals(
+    store: StateStore, workflow: str, *, agent: str | None = None, every: bool = False, as_of: When | None = None
+) -> list[Refusal]:
     """What the effective state of a workflow holds in quarantine, by version; with `every`, what any of its versions does.
 
-    Raises `TamperedError` when a quarantine is not what was sealed.
+    `as_of`: as it was then; what was decided later does not count. Raises `TamperedError` when a quarantine is not what was sealed.
     """
-    seals = store.seals(workflow)
-    state = store.effective(workflow)
+    seals = store.seals(workflow, as_of=as_of)
+    state = effective(seals)
     meant = [s for s in seals if s.quarantine_path and agent in (None, s.agent) and (every or s in state.values())]
     if not meant:
         return []
-    decisions = store.dispositions(workflow).to_dicts()
+    decisions = store.dispositions(workflow, as_of=as_of).to_dicts()
     return [refusal for seal in meant for refusal in _refusals(store, seal, state.get(seal.agent), decisions)]
 
 
-def refusals_of(store: StateStore, seal: Seal) -> list[Refusal]:
-    """What one version holds in quarantine. Raises as `refusals` does."""
+def refusals_of(store: StateStore, seal: Seal, *, as_of: When | None = None) -> list[Refusal]:
+    """What one version holds in quarantine, and what had become of it then. Raises as `refusals` does."""
     if not seal.quarantine_path:
         return []
-    effective = store.effective(seal.workflow_id).get(seal.agent)
-    return list(_refusals(store, seal, effective, store.dispositions(seal.workflow_id).to_dicts()))
+    current = store.effective(seal.workflow_id, as_of=as_of).get(seal.agent)
+    return list(_refusals(store, seal, current, store.dispositions(seal.workflow_id, as_of=as_of).to_dicts()))
 
 
 def discard(store: StateStore, chosen: Sequence[Refusal], *, why: str, by: str) -> Seal:
@@ -134,8 +136,8 @@ def akin(store: StateStore, chosen: Iterable[Refusal]) -> list[Refusal]:
     ]
 
 
-def _refusals(store: StateStore, seal: Seal, effective: Seal | None, decisions: Sequence[Mapping[str, Any]]) -> Iterable[Refusal]:
-    otherwise: Status = "open" if seal == effective else "superseded" if effective and effective.version > seal.version else "unfinished"
+def _refusals(store: StateStore, seal: Seal, current: Seal | None, decisions: Sequence[Mapping[str, Any]]) -> Iterable[Refusal]:
+    otherwise: Status = "open" if seal == current else "superseded" if current and current.version > seal.version else "unfinished"
     personal = seal.key is not None and is_personal(fields_of(seal).get(seal.key))
     for row in store.quarantine(seal).drop("values", "attempt").iter_rows(named=True):
         standing = _standing(seal, row, decisions)
@@ -168,18 +170,18 @@ def _standing(seal: Seal, row: Mapping[str, Any], decisions: Sequence[Mapping[st
     return standing
 
 
-def accounts(store: StateStore, seal: Seal) -> Account:
+def accounts(store: StateStore, seal: Seal, *, as_of: When | None = None) -> Account:
     """Recounts one boundary from what is stored: the keys of the parents' snapshots, its own, those set aside and deferred.
 
     The counters that the boundary itself wrote are compared, not trusted. What a parent deferred came in too: it is carried on. What came
-    in to an entry is what it sealed and quarantined; there it is about records that are in both, or twice. Raises `TamperedError` when a
-    snapshot is not what was sealed, `UnknownVersionError` for a version whose records have no key, or not the one of its parents: nothing
-    tells there what became of which.
+    in to an entry is what it sealed and quarantined; there it is about records that are in both, or twice. `as_of`: by what had been
+    decided then. Raises `TamperedError` when a snapshot is not what was sealed, `UnknownVersionError` for a version whose records have no
+    key, or not the one of its parents: nothing tells there what became of which.
     """
     parents = [store.seal_at(parent.workflow_id, parent.version) for parent in seal.parents]
     if seal.key is None or (parents and seal.key not in [parent.key for parent in parents]):
         raise UnknownVersionError(f"{seal.reference} does not account for its parents' records one by one", workflow=seal.workflow_id)
-    sealed, found = _keys(store, seal), refusals_of(store, seal)
+    sealed, found = _keys(store, seal), refusals_of(store, seal, as_of=as_of)
     aside = pl.Series("record", [refusal.key for refusal in found], dtype=pl.String)
     deferred = store.deferred(seal)["record"]
     discarded, waiting = _by_decision(found, single=not parents)

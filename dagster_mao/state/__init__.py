@@ -1,9 +1,10 @@
 """State: versions, snapshots, seals, digests. Delta and files; knows nothing of Dagster, of agents or of contracts."""
 
-from dagster_mao.state.attempt import Attempt, Provenance, effective, is_completed
+from dagster_mao.state.attempt import Attempt, Provenance, effective, is_completed, require_one_entry
 from dagster_mao.state.calls import CALLS_SCHEMA, CALLS_SUFFIX, CallSummary
 from dagster_mao.state.disclosure import DISCLOSURE_SCHEMA
 from dagster_mao.state.kept import KeptFile, KeptFrames
+from dagster_mao.state.moments import When, is_moment, moment, passed, there
 from dagster_mao.state.objects import reaching
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
 from dagster_mao.state.seal import DEFERRED_SUFFIX, QUARANTINE_SUFFIX, Parent, Seal
@@ -28,8 +29,14 @@ __all__ = [
     "Seal",
     "Staged",
     "StateStore",
+    "When",
     "effective",
     "is_completed",
+    "is_moment",
+    "moment",
+    "passed",
     "reaching",
+    "require_one_entry",
     "staged",
+    "there",
 ]

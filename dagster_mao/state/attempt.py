@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import polars as pl
 from deltalake import DeltaTable
@@ -174,15 +174,7 @@ class Attempt:
 
     def require_one_entry(self, agent: str, parents: Sequence[Seal]) -> None:
         """Raises `PinError` when the parents descend from different entry seals: their rows are not about the same batch."""
-        entries = {found.version: parent for parent in parents if (found := self.entry_of(parent)) is not None}
-        if len(entries) > 1:
-            told = ", ".join(f"{parent.agent}@{parent.version} from entry {entry}" for entry, parent in sorted(entries.items()))
-            raise PinError(
-                f"Its inputs descend from different entries: {told}",
-                agent=agent,
-                workflow=self.workflow_id,
-                fix="materialise the older ones again in the same run",
-            )
+        require_one_entry(self._seen, agent, parents, fix="materialise the older ones again in the same run")
 
     def seal(
         self,
@@ -282,6 +274,15 @@ class Attempt:
                 )
 
 
+def require_one_entry(seals: Sequence[Seal], agent: str, parents: Sequence[Seal], *, fix: str) -> None:
+    """Raises `PinError` when the parents, all of the workflow with these seals, descend from different entry seals."""
+    entries = {found.version: parent for parent in parents if (found := entry_of(seals, parent)) is not None}
+    if len(entries) > 1:
+        told = ", ".join(f"{parent.agent}@{parent.version} from entry {entry}" for entry, parent in sorted(entries.items()))
+        workflow = next(iter(entries.values())).workflow_id
+        raise PinError(f"Its inputs descend from different entries: {told}", agent=agent, workflow=workflow, fix=fix)
+
+
 def entry_of(seals: Sequence[Seal], seal: Seal) -> Seal | None:
     """The entry seal of the workflow that a seal descends from; None for what has no entry above it."""
     while seal.kind != "entry":
@@ -291,23 +292,39 @@ def entry_of(seals: Sequence[Seal], seal: Seal) -> Seal | None:
     return seal
 
 
-def effective(seals: Sequence[Seal]) -> dict[str, Seal]:
+class Planned(Protocol):
+    """A seal, or as much of it as the effective state is made of."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def agent(self) -> str: ...
+    @property
+    def attempt(self) -> str: ...
+    @property
+    def plan(self) -> Sequence[str]: ...
+
+
+P = TypeVar("P", bound=Planned)
+
+
+def effective(seals: Sequence[P]) -> dict[str, P]:
     """By agent, the last seal of completed attempts: an attempt counts from the seal that completes its plan, and no more once fenced.
 
     From then on what it seals counts seal by seal: it does not bring back what another attempt has replaced meanwhile.
     """
     fenced = {seal.attempt for seal in seals if seal.kind == "fence"}
-    sealed: dict[str, dict[str, Seal]] = {}
+    sealed: dict[str, dict[str, P]] = {}
     completed: set[tuple[str, tuple[str, ...]]] = set()
-    state: dict[str, Seal] = {}
+    state: dict[str, P] = {}
     for seal in seals:
         if seal.attempt in fenced or seal.kind not in _OUTPUTS:
             continue
         attempt = sealed.setdefault(seal.attempt, {})
         attempt[seal.agent] = seal
         if attempt.keys() >= set(seal.plan):
-            is_first = (seal.attempt, seal.plan) not in completed
-            completed.add((seal.attempt, seal.plan))
+            is_first = (seal.attempt, tuple(seal.plan)) not in completed
+            completed.add((seal.attempt, tuple(seal.plan)))
             # Where agents start by themselves, an attempt is joined by such as are no part of its plan, and have one of their own.
             state.update({name: attempt[name] for name in seal.plan} if is_first and seal.agent in seal.plan else {seal.agent: seal})
     return state

@@ -141,6 +141,23 @@ class StateLog:
 
         return self._again(read)
 
+    def seals_at(self, versions: Collection[tuple[str, int]]) -> dict[tuple[str, int], Seal]:
+        """The seals of some versions, whatever else their workflows hold, in one read. One that is not there is left out."""
+        wanted = pl.DataFrame(sorted(versions), schema={"workflow_id": pl.String, "version": pl.Int64}, orient="row")
+        workflows = frozenset(wanted["workflow_id"])
+
+        def read() -> dict[tuple[str, int], Seal]:
+            numbers = pl.col("version").is_between(pl.lit(wanted["version"].min()), pl.lit(wanted["version"].max()))
+            rows = self._files(self.open(), workflows).filter(_within(workflows) & numbers)
+            found = rows.join(wanted.lazy(), on=["workflow_id", "version"], how="semi").collect()
+            return {(row["workflow_id"], row["version"]): Seal.model_validate(row) for row in found.iter_rows(named=True)}
+
+        return self._again(read) if versions else {}
+
+    def columns(self, pipeline: str, *names: str) -> pl.DataFrame:
+        """Some columns of a pipeline's rows, in no order."""
+        return self._again(lambda: self._files(self.open()).filter(pl.col("pipeline") == pipeline).select(names).collect())
+
     def since(self, cursor: str) -> tuple[pl.LazyFrame, str]:
         """The rows that were committed after the cursor was taken, and the cursor of now; all rows, for "" or another log's cursor.
 

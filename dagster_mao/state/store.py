@@ -19,6 +19,7 @@ from dagster_mao.state.attempt import Attempt, Pins, effective, entry_of, is_com
 from dagster_mao.state.calls import CALLS_SUFFIX, CallsTable
 from dagster_mao.state.disclosure import DISCLOSURE_SCHEMA
 from dagster_mao.state.log import StateLog
+from dagster_mao.state.moments import When, there
 from dagster_mao.state.objects import Objects, safe_name
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
 from dagster_mao.state.seal import Kind, Seal, SealedFile
@@ -94,9 +95,10 @@ class StateStore:
             rows = rows.filter(pl.col("pipeline") == pipeline)
         return self.collect(rows.select("workflow_id").unique().sort("workflow_id"))["workflow_id"].to_list()
 
-    def seals(self, workflow_id: str) -> list[Seal]:
-        """All seals of a workflow by version; empty when it has none."""
-        return self._log.seals(workflow_id)
+    def seals(self, workflow_id: str, *, as_of: When | None = None) -> list[Seal]:
+        """All seals of a workflow by version; empty when it has none. `as_of`: those that were there then, see `moments.there`."""
+        seals = self._log.seals(workflow_id)
+        return seals if as_of is None else there(seals, as_of, workflow=workflow_id)
 
     def seals_of(self, workflows: Iterable[str]) -> dict[str, list[Seal]]:
         """The same of several workflows, in one read."""
@@ -105,16 +107,28 @@ class StateStore:
 
     def seal_at(self, workflow_id: str, version: int) -> Seal:
         """Raises `UnknownVersionError`, saying what there is."""
+        if found := self.seals_at([(workflow_id, version)]).get((workflow_id, version)):
+            return found
         seals = self.seals(workflow_id)
-        for seal in seals:
-            if seal.version == version:
-                return seal
-        there = f"it has versions 0 to {seals[-1].version}" if seals else "nothing was sealed for this workflow"
-        raise UnknownVersionError(f"No version {version}: {there}", workflow=workflow_id, fix="`dagster-mao history` lists what there is")
+        known = f"it has versions 0 to {seals[-1].version}" if seals else "nothing was sealed for this workflow"
+        raise UnknownVersionError(f"No version {version}: {known}", workflow=workflow_id, fix="`dagster-mao history` lists what there is")
 
-    def effective(self, workflow_id: str) -> dict[str, Seal]:
-        """The effective state: by agent, what the completed attempts sealed last. Empty before any attempt completed."""
-        return effective(self.seals(workflow_id))
+    def seals_at(self, versions: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Seal]:
+        """The seals of some versions, by workflow and version, in one read; the rest of their workflows is not read. None that is not
+        there.
+        """
+        return self._log.seals_at(frozenset(versions))
+
+    def columns(self, pipeline: str, *names: str) -> pl.DataFrame:
+        """Some columns of all seals of a pipeline, in no order: fields of `Seal`. Raises `StoreError`."""
+        return self._log.columns(pipeline, *names)
+
+    def effective(self, workflow_id: str, *, as_of: When | None = None) -> dict[str, Seal]:
+        """The effective state: by agent, what the completed attempts sealed last. Empty before any attempt completed.
+
+        `as_of`: as it was then. What was sealed later does not count, a fence or a compensation neither.
+        """
+        return effective(self.seals(workflow_id, as_of=as_of))
 
     def sealed_before(self, time: dt.datetime, pipeline: str, agent: str, *, other_than: str) -> Seal | None:
         """What an agent had sealed at that time in the effective state of another workflow, the one of the latest such seal; else None.
@@ -173,9 +187,9 @@ class StateStore:
             raise TamperedError(f"The log row of {seal.reference} was rewritten", agent=seal.agent, workflow=seal.workflow_id)
         return snapshots.read(self.objects, seal, file)
 
-    def dispositions(self, workflow_id: str) -> pl.DataFrame:
-        """What people decided on quarantined records of a workflow, oldest first, as `DISPOSITION_SCHEMA` says."""
-        decided = [seal for seal in self.seals(workflow_id) if seal.kind == "disposition"]
+    def dispositions(self, workflow_id: str, *, as_of: When | None = None) -> pl.DataFrame:
+        """What people decided on quarantined records of a workflow, oldest first, as `DISPOSITION_SCHEMA` says; `as_of`: until then."""
+        decided = [seal for seal in self.seals(workflow_id, as_of=as_of) if seal.kind == "disposition"]
         return pl.concat([pl.DataFrame(schema=DISPOSITION_SCHEMA), *(self.read(seal).collect() for seal in decided)])
 
     def dispose(self, workflow_id: str, decisions: pl.DataFrame) -> Seal:

@@ -1,5 +1,6 @@
 """Reading agents' output from plain assets, and the check that the store still holds what was sealed."""
 
+import datetime as dt
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import polars as pl
 import pytest
 
 from dagster_mao.dagster import StateIOManager, StateStoreResource, build_definitions
-from dagster_mao.errors import PinError, WiringError
+from dagster_mao.errors import PinError, UnknownVersionError, WiringError
 from tests.dagster import loans
 from tests.dagster.loans import resources, write
 
@@ -126,6 +127,91 @@ def test_several_partitions_come_as_frames_by_partition_key(desk):
             assert daily.execute_in_process(instance=instance, partition_key=key).output_for_node("day") == {"monday": 2, "tuesday": 1}[key]
         result = job.get_subset(asset_selection={dg.AssetKey("week")}).execute_in_process(instance=instance)
     assert result.output_for_node("week") == {"monday": 2, "tuesday": 1}
+
+
+def report_of(as_of="", agents=("approval",), manager=None):
+    """A plain asset that tells how many rows it read of each agent."""
+    metadata = {"mao/as_of": as_of} if as_of else {}
+    ins = {agent: dg.AssetIn(dg.AssetKey(["loans", agent]), metadata=metadata, input_manager_key=manager) for agent in agents}
+
+    @dg.asset(ins=ins)
+    def report(**read) -> dict[str, int]:
+        return {agent: frame.collect().height for agent, frame in read.items()}
+
+    return report
+
+
+@pytest.fixture
+def two_attempts(desk):
+    """Three applications, then one, in the same workflow, and the moment between the two."""
+    tag = {"mao/workflow": "loans/one"}
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert job_of(desk).execute_in_process(instance=instance, tags=tag).success
+        between = dt.datetime.now(dt.timezone.utc)
+        write(desk, 700)
+        assert job_of(desk).execute_in_process(instance=instance, tags=tag).success
+        yield desk, instance, between.isoformat()
+
+
+def read_then(folder, instance, asset, **tags):
+    job = job_of(folder, asset).get_subset(asset_selection={asset.key})
+    result = job.execute_in_process(instance=instance, tags={"mao/workflow": "loans/one", **tags})
+    return result.output_for_node(asset.key.path[-1]), loaded(result)
+
+
+def test_a_plain_asset_reads_what_was_effective_at_a_moment(two_attempts):
+    folder, instance, between = two_attempts
+    seals = store(folder).seals("loans/one")
+    first, second = ([seal.reference for seal in seals if seal.agent == "approval"][place] for place in (0, 1))
+    assert read_then(folder, instance, report_of()) == ({"approval": 1}, [second])
+    assert read_then(folder, instance, report_of(between)) == ({"approval": 3}, [first])
+    assert read_then(folder, instance, report_of(first)) == ({"approval": 3}, [first])
+    assert read_then(folder, instance, report_of(), **{"mao/as_of": between}) == ({"approval": 3}, [first])
+    assert read_then(folder, instance, report_of(second), **{"mao/as_of": between}) == ({"approval": 1}, [second])
+    assert read_then(folder, instance, report_of(agents=["applications", "approval"]), **{"mao/as_of": between})[0] == {
+        "applications": 3,
+        "approval": 3,
+    }
+
+
+def test_without_a_workflow_it_is_the_one_that_was_sealed_last_then(two_attempts):
+    folder, instance, between = two_attempts
+    asset = report_of(between)
+    write(folder, 700, 650)
+    assert job_of(folder).execute_in_process(instance=instance).success
+    job = job_of(folder, asset).get_subset(asset_selection={asset.key})
+    assert job.execute_in_process(instance=instance).output_for_node("report") == {"approval": 3}
+
+
+@pytest.mark.parametrize("said", ["2000-01-01T00:00Z", "2026-03-03", "loans/one@0", "loans/two@1", "loans/one"])
+def test_what_names_no_version_of_the_agent_is_not_read(two_attempts, said):
+    """Not the workflow alone either: what it has now is another thing tomorrow."""
+    folder, instance, _ = two_attempts
+    with pytest.raises(UnknownVersionError):
+        read_then(folder, instance, report_of(said))
+
+
+def test_what_was_read_together_then_descends_from_one_entry(two_attempts):
+    folder, instance, _ = two_attempts
+    job = job_of(folder).get_subset(asset_selection={dg.AssetKey(["loans", "applications"])})
+    assert job.execute_in_process(instance=instance, tags={"mao/workflow": "loans/one"}).success
+    at = dt.datetime.now(dt.timezone.utc).isoformat()
+    with pytest.raises(PinError, match="different entries"):
+        read_then(folder, instance, report_of(agents=["applications", "approval"]), **{"mao/as_of": at})
+    assert read_then(folder, instance, report_of(at, agents=["applications", "approval"]))[0] == {"applications": 1, "approval": 1}
+
+
+def test_a_manager_of_its_own_may_look_back_for_all(two_attempts):
+    folder, instance, between = two_attempts
+    asset = report_of(manager="then")
+    then = StateIOManager(state_store=resources(folder)["state_store"], as_of=between)
+    merged = dg.Definitions.merge(
+        build_definitions(loans.pipeline(), resources=resources(folder)),
+        dg.Definitions(assets=[asset], resources={"io_manager": dg.mem_io_manager, "then": then}),
+    )
+    job = merged.resolve_implicit_global_asset_job_def().get_subset(asset_selection={asset.key})
+    result = job.execute_in_process(instance=instance, tags={"mao/workflow": "loans/one"})
+    assert result.output_for_node("report") == {"approval": 3}
 
 
 def test_the_io_manager_never_writes(desk):
