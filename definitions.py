@@ -7,7 +7,7 @@ import dagster as dg
 
 import dagster_mao as mao
 from assets import fairness
-from assets.pipeline import credit
+from assets.pipeline import Punctual, credit
 from resources.applications import ApplicationsFile
 from resources.core_bank import CoreBank
 from sensors import credit_reports
@@ -32,7 +32,7 @@ def build(state: str, applications: str, bank: str) -> dg.Definitions:
         # The steps are short: starting a process for each would take longer than their work.
         executor=dg.in_process_executor,
     )
-    return dg.Definitions.merge(credit.build_definitions(resources=resources, scheduled=True), watchers)
+    return dg.Definitions.merge(credit.build_definitions(resources=resources, translator=Punctual(), scheduled=True), watchers)
 
 
 defs = build(STATE, APPLICATIONS, BANK)

@@ -6,7 +6,7 @@ import dagster as dg
 import polars as pl
 
 from assets.contracts import PROTECTED
-from assets.pipeline import credit, days
+from assets.pipeline import by_two, credit, days
 from resources.applications import ApplicationsFile
 
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)  # that partitioned checks are new is no news to those who load this
@@ -65,6 +65,7 @@ def against_outcomes(decisions: pl.LazyFrame, outcomes: pl.DataFrame) -> pl.Data
     owners=["team:credit"],
     kinds={"report"},
     automation_condition=dg.AutomationCondition.eager(),
+    freshness_policy=by_two,
     ins={"approval": dg.AssetIn(APPROVAL)},
 )
 def decision_report(

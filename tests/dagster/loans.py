@@ -93,8 +93,8 @@ def pipeline(name: str = "loans", **changes: Any) -> Pipeline:
     return Pipeline(name, **{"entry": applications, "agents": AGENTS, "owners": ["team:risk"], **changes})
 
 
-def definitions(folder: Path, *, backfill_policy: dg.BackfillPolicy | None = None, **changes: Any) -> dg.Definitions:
-    return build_definitions(pipeline(**changes), resources=resources(folder), backfill_policy=backfill_policy)
+def definitions(folder: Path, *, translator: Any = None, backfill_policy: Any = None, **changes: Any) -> dg.Definitions:
+    return build_definitions(pipeline(**changes), resources=resources(folder), translator=translator, backfill_policy=backfill_policy)
 
 
 def resources(folder: Path) -> dict[str, Any]:

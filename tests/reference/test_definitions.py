@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import dagster as dg
+from dagster._utils.schedules import cron_string_iterator
 
 from assets.pipeline import credit
 from definitions import defs
@@ -35,6 +36,16 @@ def test_every_asset_is_a_days_and_says_who_owns_it():
         assert spec.group_name == "credit"
         assert spec.owners, spec.key
         assert spec.description, spec.key
+
+
+def test_the_decisions_are_due_each_night_after_the_schedule_has_run():
+    policies = {spec.key.path[-1]: spec.freshness_policy for spec in defs.resolve_all_asset_specs() if spec.freshness_policy}
+    assert set(policies) == {"approval", "decision_report"}
+    schedule = defs.get_repository_def().get_schedule_def("credit_schedule")
+    for policy in policies.values():
+        (deadline,) = {cron_string_iterator(0, policy.deadline_cron, "UTC").__next__().timestamp()}
+        started = cron_string_iterator(0, schedule.cron_schedule, "UTC").__next__().timestamp()
+        assert deadline - policy.lower_bound_delta.total_seconds() == started
 
 
 def test_fairness_is_a_check_on_the_decisions_and_does_not_stop_them():
