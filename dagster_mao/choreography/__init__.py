@@ -10,7 +10,7 @@ from dagster_mao.choreography._drain import Drained, drain, enter
 from dagster_mao.choreography._due import Due, Subscriber, due, subscribers
 from dagster_mao.choreography._inbox import Intake, Submitted, cut, intake_workflow, run_inbox, submit, take
 from dagster_mao.choreography._lag import STUCK_AFTER, Stuck, SubscriberState, lag
-from dagster_mao.choreography._launching import done_of, held, redeliver_batch, workflows_of
+from dagster_mao.choreography._launching import attempts_of, done_of, held, redeliver_batch, workflows_of
 from dagster_mao.choreography._run import Delivered, run_batch
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Subscriber",
     "SubscriberState",
     "abandon",
+    "attempts_of",
     "cut",
     "done_of",
     "drain",

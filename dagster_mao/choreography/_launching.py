@@ -25,12 +25,18 @@ def held(store: StateStore, pipeline: Pipeline, agent: str) -> dict[str, str]:
 
 def workflows_of(store: StateStore, run_keys: Iterable[str]) -> dict[str, list[str]]:
     """By run key, the workflows that are left to do of a subscriber's batch, the oldest first."""
+    return {run_key: [workflow for workflow, _ in left] for run_key, left in attempts_of(store, run_keys).items()}
+
+
+def attempts_of(store: StateStore, run_keys: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+    """The same, each with the attempt at it."""
     batches = {_batches.named(run_key): run_key for run_key in run_keys}
-    found: dict[str, list[str]] = {run_key: [] for run_key in batches.values()}
-    wanted = sa.select(DELIVERIES.c.batch, DELIVERIES.c.workflow_id).where(DELIVERIES.c.batch.in_(batches), DELIVERIES.c.state == "claimed")
+    found: dict[str, list[tuple[str, str]]] = {run_key: [] for run_key in batches.values()}
+    told = DELIVERIES.c
+    wanted = sa.select(told.batch, told.workflow_id, told.attempt).where(told.batch.in_(batches), told.state == "claimed")
     with shared(store).reading() as connection:
-        for batch, workflow_id in connection.execute(wanted.order_by(DELIVERIES.c.id)):
-            found[batches[batch]].append(workflow_id)
+        for batch, workflow_id, attempt in connection.execute(wanted.order_by(told.id)):
+            found[batches[batch]].append((workflow_id, attempt))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -182,6 +183,7 @@ def _tell_dagster(
     """Shows it on the assets, where there is a Dagster to tell. What was done stands whether Dagster knows or not."""
     from dagster_mao.dagster.anchors import is_home, opened
     from dagster_mao.dagster.saga import report
+    from dagster_mao.dagster.stopping import stop
 
     configured, where = project()
     home = dagster_home or os.environ.get(HOME) or placed(configured.get("dagster_home"), where)
@@ -190,6 +192,8 @@ def _tell_dagster(
     try:
         with opened(home) as instance:
             for attempt, by, concluded in ended:
+                if not by and concluded.state != "void":
+                    stop(instance, store, workflow, attempt, logging.getLogger("dagster_mao.saga"))
                 report(instance, pipeline, store, workflow, attempt, by, concluded, by=owner)
     except Exception as error:  # an event log that is down must not look like a failure to undo
         typer.echo(f"Dagster at {home} could not be told ({type(error).__name__}): its UI does not show this.", err=True)

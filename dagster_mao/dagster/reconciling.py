@@ -153,10 +153,10 @@ def _pauses(before: Sequence[dg.RunRecord]) -> str | None:
 def _not_over(
     instance: dg.DagsterInstance, store: StateStore, found: Ending, one: Unfinished, pipeline: Pipeline, patience: float
 ) -> str | None:
-    if pipeline.mode == "hybrid" and not found.failed:
+    if pipeline.mode == "hybrid" and one.state:
         # Its runs are of many attempts each: it is over when one of its agents has failed. The fence ends what the others still do for it.
-        if one.state:
-            return None
+        return None
+    if pipeline.mode == "hybrid" and not found.failed:
         if is_completed(store.seals(one.workflow_id), one.attempt):
             return _left_by(instance, one, patience)
         return "its agents are at work, or are started when what they read is sealed"

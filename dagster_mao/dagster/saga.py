@@ -12,6 +12,7 @@ from dagster_mao.dagster.anchors import STATE_VERSION
 from dagster_mao.dagster.endings import ending
 from dagster_mao.dagster.resources import STATE_STORE
 from dagster_mao.dagster.runs import WORKFLOW_TAG, ancestry
+from dagster_mao.dagster.stopping import stop
 from dagster_mao.errors import FencedError, PinError
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.saga import ABSENT_SECONDS, Concluded, Plan, Saga, SagaState, request, sagas, unfinished
@@ -156,6 +157,7 @@ def _begin(context: dg.OpExecutionContext, pipeline: Pipeline, absent_seconds: f
     except FencedError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     if not superseded_by and plan.state != "void":
+        stop(context.instance, _store(context), workflow, attempt, context.log)
         _link(context, found.runs)
     log.info(plan_told(plan))
     return plan
