@@ -36,6 +36,7 @@ EAGER = {
     "advise",
     "agent",
     "as_of",
+    "bisect",
     "resubmit",
     "run",
     "submit",

@@ -1,9 +1,20 @@
 """The command line: what happened in a store, read without the pipeline's code. One module per family of commands.
 
-Exit codes: 0 good, 1 a bad answer (findings, differences, nothing by that name, a store that cannot be read), 2 wrong usage.
+Exit codes (`bisect` has others): 0 good, 1 a bad answer (findings, differences, nothing by that name, a store that cannot be read), 2 wrong
+usage.
 """
 
-from dagster_mao.cli import audit, breakers, calls, choreography, compensate, look, quarantine, verify  # each registers its commands
+from dagster_mao.cli import (  # each registers its commands
+    audit,
+    bisect,
+    breakers,
+    calls,
+    choreography,
+    compensate,
+    look,
+    quarantine,
+    verify,
+)
 from dagster_mao.cli._app import app
 
-__all__ = ["app", "audit", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "verify"]
+__all__ = ["app", "audit", "bisect", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "verify"]

@@ -154,9 +154,12 @@ class StateLog:
 
         return self._again(read) if versions else {}
 
-    def columns(self, pipeline: str, *names: str) -> pl.DataFrame:
-        """Some columns of a pipeline's rows, in no order."""
-        return self._again(lambda: self._files(self.open()).filter(pl.col("pipeline") == pipeline).select(names).collect())
+    def columns(self, pipeline: str, *names: str, workflow: str | None = None) -> pl.DataFrame:
+        """Some columns of a pipeline's rows, or of those of one workflow, in no order."""
+        chosen = pl.col("pipeline") == pipeline
+        chosen &= pl.lit(True) if workflow is None else pl.col("workflow_id") == workflow
+        workflows = None if workflow is None else [workflow]
+        return self._again(lambda: self._files(self.open(), workflows).filter(chosen).select(names).collect())
 
     def since(self, cursor: str) -> tuple[pl.LazyFrame, str]:
         """The rows that were committed after the cursor was taken, and the cursor of now; all rows, for "" or another log's cursor.

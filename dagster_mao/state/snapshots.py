@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import polars as pl
 
-from dagster_mao.errors import TamperedError
+from dagster_mao.errors import TamperedError, UnknownVersionError
 from dagster_mao.state.objects import Objects, file_digest, reaching
 from dagster_mao.state.seal import Seal, SealedFile
 
@@ -67,17 +67,31 @@ def snapshot_name(workflow_id: str, version: int, digest: str) -> str:
     return f"{WORKFLOW_COLUMN}={quote(workflow_id, safe='')}/{VERSION_COLUMN}={version}/{digest}.parquet"
 
 
-def read(objects: Objects, seal: Seal, file: SealedFile) -> pl.LazyFrame:
-    """The rows of a sealed file, after its bytes were compared with the digest in the seal.
+def read(objects: Objects, seal: Seal, file: SealedFile, columns: Sequence[str] | None = None) -> pl.LazyFrame:
+    """The rows of a sealed file, after its bytes were compared with the digest in the seal; with `columns`, no others are decoded.
 
     Raises `TamperedError` when they differ or the file is gone, `StoreError` when the store cannot be reached.
     """
     if file.size_bytes <= _WHOLE_BYTES:
         data = objects.get(file.path)
         _expect(seal, file, hashlib.sha256(data).hexdigest())
-        return pl.read_parquet(io.BytesIO(data)).lazy()
+        if columns is None:
+            return pl.read_parquet(io.BytesIO(data)).lazy()
+        _require(seal, columns, pl.read_parquet_schema(io.BytesIO(data)))
+        return pl.read_parquet(io.BytesIO(data), columns=list(columns)).lazy()
     _expect(seal, file, objects.sha256(file.path))
-    return pl.scan_parquet(objects.url(file.path), glob=False, storage_options=objects.storage_options or None)
+    rows = pl.scan_parquet(objects.url(file.path), glob=False, storage_options=objects.storage_options or None)
+    if columns is None:
+        return rows
+    _require(seal, columns, rows.collect_schema())
+    return rows.select(columns)
+
+
+def _require(seal: Seal, columns: Sequence[str], there: Iterable[str]) -> None:
+    names = list(there)
+    if absent := [name for name in columns if name not in names]:
+        what = f"{seal.reference} has no field {absent[0]!r}"
+        raise UnknownVersionError(what, agent=seal.agent, workflow=seal.workflow_id, field=absent[0], fix=f"it has {', '.join(names)}")
 
 
 def _expect(seal: Seal, file: SealedFile, digest: str) -> None:

@@ -119,9 +119,9 @@ class StateStore:
         """
         return self._log.seals_at(frozenset(versions))
 
-    def columns(self, pipeline: str, *names: str) -> pl.DataFrame:
-        """Some columns of all seals of a pipeline, in no order: fields of `Seal`. Raises `StoreError`."""
-        return self._log.columns(pipeline, *names)
+    def columns(self, pipeline: str, *names: str, workflow: str | None = None) -> pl.DataFrame:
+        """Some columns of all seals of a pipeline, or of one workflow, in no order: fields of `Seal`. Raises `StoreError`."""
+        return self._log.columns(pipeline, *names, workflow=workflow)
 
     def effective(self, workflow_id: str, *, as_of: When | None = None) -> dict[str, Seal]:
         """The effective state: by agent, what the completed attempts sealed last. Empty before any attempt completed.
@@ -148,11 +148,13 @@ class StateStore:
                 return found
         return None
 
-    def read(self, seal: Seal) -> pl.LazyFrame:
-        """The rows of a state version. Raises `TamperedError` when row or bytes are not what was sealed."""
+    def read(self, seal: Seal, *, columns: Sequence[str] | None = None) -> pl.LazyFrame:
+        """The rows of a state version; with `columns`, these only. Raises `TamperedError` when row or bytes are not what was sealed,
+        `UnknownVersionError` for a column that it does not have.
+        """
         if not seal.path:
             raise UnknownVersionError(f"{seal.reference} is a {seal.kind} and has no rows", workflow=seal.workflow_id)
-        return self._read(seal, seal.files[0])
+        return self._read(seal, seal.files[0], columns)
 
     def quarantine(self, seal: Seal) -> pl.DataFrame:
         """What was kept out of a state version, as `QUARANTINE_SCHEMA` says; unmasked. Raises as `read` does."""
@@ -182,10 +184,10 @@ class StateStore:
         folders = self.objects.folders(f"tables/{pipeline}")
         return [name.removesuffix(CALLS_SUFFIX) for name in folders if name.endswith(CALLS_SUFFIX)]
 
-    def _read(self, seal: Seal, file: SealedFile) -> pl.LazyFrame:
+    def _read(self, seal: Seal, file: SealedFile, columns: Sequence[str] | None = None) -> pl.LazyFrame:
         if seal.canonical_digest() != seal.seal_digest:
             raise TamperedError(f"The log row of {seal.reference} was rewritten", agent=seal.agent, workflow=seal.workflow_id)
-        return snapshots.read(self.objects, seal, file)
+        return snapshots.read(self.objects, seal, file, columns)
 
     def dispositions(self, workflow_id: str, *, as_of: When | None = None) -> pl.DataFrame:
         """What people decided on quarantined records of a workflow, oldest first, as `DISPOSITION_SCHEMA` says; `as_of`: until then."""
