@@ -40,7 +40,7 @@ from dagster_mao.gateway import Breaker, Policy, TransientError, usage
 from dagster_mao.journal import Effect, NotDoneError
 from dagster_mao.pipeline import ExternalEntry, Pipeline
 from dagster_mao.resubmission import Resubmission, resubmit
-from dagster_mao.review import as_of, bisect
+from dagster_mao.review import as_of, bisect, replay
 from dagster_mao.run import Result, run
 from dagster_mao.state import Seal, StateStore
 
@@ -108,6 +108,7 @@ __all__ = [
     "bisect",
     "build_asset",
     "build_definitions",
+    "replay",
     "resubmit",
     "run",
     "submit",

@@ -37,6 +37,7 @@ EAGER = {
     "agent",
     "as_of",
     "bisect",
+    "replay",
     "resubmit",
     "run",
     "submit",

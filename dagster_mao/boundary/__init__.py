@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import polars as pl
@@ -19,6 +19,7 @@ from dagster_mao.boundary._checks import BREAKER, OUTPUT, PINNED_BASE, Check, ch
 from dagster_mao.boundary._effects import journaled
 from dagster_mao.boundary._expect import REPORT
 from dagster_mao.boundary._policy import EVERY, UNKEPT, in_force
+from dagster_mao.boundary._rehearsal import Rehearsal, WouldBe, WouldHave
 from dagster_mao.boundary._scratch import Scratch
 from dagster_mao.boundary._step import Outcome, Step
 from dagster_mao.correlation import Whose, WorkflowLog, about
@@ -33,6 +34,9 @@ __all__ = [
     "UNKEPT",
     "Check",
     "Outcome",
+    "Rehearsal",
+    "WouldBe",
+    "WouldHave",
     "check_names",
     "in_force",
     "input_check",
@@ -53,6 +57,7 @@ def run_agent(
     policies: Mapping[str, Mapping[str, Any]] | None = None,
     fresh: bool = False,
     log: logging.Logger | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Outcome:
     """Runs one agent of an attempt up to its seal.
 
@@ -63,6 +68,9 @@ def run_agent(
     `policies`: what an operator changes of agents' policies, by the agent's name, "*" for all (`{"score": {"timeout": 10}}`); it is in
     the seal. With `fresh`, no answer is used that an earlier attempt kept. `log` is what `ctx.log` writes to, each line with the workflow,
     the agent and the attempt before it.
+
+    With a `rehearsal` no effect happens, nothing is journaled, no answer is kept, and answers may come from those that were kept: to be
+    used with a store and an attempt that leave nothing either.
 
     Whatever goes wrong is raised as an error of this library whose `checks` hold all verdicts reached until then, the failed one included,
     and whose `calls` what was called: `BatchRefusedError` for records that broke a contract, `PinError`, `StaleStateError`, `FencedError`
@@ -88,7 +96,7 @@ def run_agent(
                 now=attempt.now,
                 seed=attempt.seed(agent.name),
                 partition_key=partition_key,
-                having=NoEffects(agent.name) if agent.effects == "read_only" else None,
+                having=NoEffects(agent.name) if agent.effects == "read_only" else rehearsal.effects if rehearsal else None,
                 log=WorkflowLog(log or logging.getLogger(f"dagster_mao.agent.{agent.name}"), whose),
             )
             started = time.perf_counter()
@@ -101,9 +109,9 @@ def run_agent(
             }
             if records is not None:
                 return step.seal(step.as_frame(records), pinned, frames, policy=policy, **provenance)
-            common: dict[str, Any] = {"config": config_digest, "fresh": fresh}
+            common: dict[str, Any] = {"config": config_digest, "fresh": fresh, "rehearsal": rehearsal}
             with (
-                journaled(store, agent, attempt, pinned, policy) as effects,
+                nullcontext() if rehearsal else journaled(store, agent, attempt, pinned, policy) as effects,
                 Calls(store, agent, attempt, policy, context, resources or {}, scratch, effects=effects, **common) as calls,
             ):
                 if agent.is_entry or agent.output_shape is not Shape.RECORD:

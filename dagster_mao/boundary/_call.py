@@ -24,11 +24,12 @@ from dagster_mao.boundary._failure import cause, failed
 from dagster_mao.boundary._inputs import Chunk, chunks
 from dagster_mao.boundary._log import CallLog
 from dagster_mao.boundary._one import Answered, Deferred, Failed, One, WrongAnswerError
+from dagster_mao.boundary._rehearsal import AnswersThen, NoAnswers, Rehearsal, answers_then
 from dagster_mao.boundary._scratch import Scratch
 from dagster_mao.boundary._step import Step, sunk
 from dagster_mao.boundary._ways import Loop, as_tasks, in_place, in_threads
 from dagster_mao.correlation import WorkflowLog
-from dagster_mao.errors import BreakerOpenError, InvalidRecordsError, MaoError, StoreError
+from dagster_mao.errors import AnswerNotFrozenError, BreakerOpenError, InvalidRecordsError, MaoError, StoreError
 from dagster_mao.gateway import CallKeys, CallRecord, Gateway, Meter, Policy, enforces_nothing, shared_store
 from dagster_mao.state import Attempt, CallSummary, KeptFile, KeptFrames, Seal, Staged, StateStore
 
@@ -64,8 +65,10 @@ class Calls:
         config: str,
         fresh: bool,
         effects: JournaledStep | None = None,
+        rehearsal: Rehearsal | None = None,
     ) -> None:
-        self.effects = effects
+        self.effects, self.rehearsal = effects, rehearsal
+        self.frozen = rehearsal is not None and rehearsal.kept_in is not None
         self.store, self.agent, self.policy, self.attempt, self.scratch = store, agent, policy, attempt, scratch
         self.context, self._resources = context, resources
         self.keys = CallKeys(attempt.workflow_id, attempt.epoch, agent.name)
@@ -75,9 +78,14 @@ class Calls:
         about = {"epoch": attempt.epoch, "agent_version": agent.agent_version}
         whose = {"workflow_id": attempt.workflow_id, "agent": agent.name, "attempt": attempt.id, "run_id": attempt.run_id}
         self.log = CallLog(store, attempt.pipeline, agent.name, scratch, {**whose, **about})
-        self.answers: Answers | None = None
-        if policy.keep_answers > 0:
-            fingerprint = json.dumps([agent.agent_version, config, agent.model, agent.output.hash])
+        self.answers: Answers | AnswersThen | NoAnswers | None = None
+        fingerprint = json.dumps([agent.agent_version, config, agent.model, agent.output.hash])
+        if rehearsal is not None:
+            if rehearsal.kept_in is not None:
+                told = {"pipeline": attempt.pipeline, **whose, "fingerprint": hashlib.sha256(fingerprint.encode()).hexdigest()}
+                folder = scratch.folder()
+                self.answers = self._ends.enter_context(answers_then(rehearsal.kept_in, folder, **told))
+        elif policy.keep_answers > 0:
             from dagster_mao.gateway import Answers  # SQLAlchemy is imported by steps that need it
 
             self.answers = Answers(
@@ -124,6 +132,12 @@ class Calls:
             with self.telling("it is not known whether the breaker closed again"):
                 return self._gateway.closed_since()
         return None
+
+    def not_kept(self, missing: int, of: int) -> AnswerNotFrozenError:
+        """Of a rehearsal that asks nobody: answers that were not kept, or were given to other code."""
+        what = f"{missing:,} of {of:,} answers are not kept: they were forgotten, or were given to other code, configuration or contract"
+        fix = "ask anew, live: --live, or live=True"
+        return AnswerNotFrozenError(what, agent=self.agent.name, workflow=self.attempt.workflow_id, fix=fix)
 
     def loop(self) -> Loop:
         """The step's event loop. Below a sync agent it is asked for by the fallback, from whichever thread."""
@@ -198,7 +212,8 @@ class RecordCalls:
         self._unkept: str | None = None
         in_turn = not calls.agent.is_async and calls.agent.concurrency in (None, 1)
         # An `execute` that somebody put in the place of the agent's own, as tests do, is called by its name.
-        self._is_plain = in_turn and enforces_nothing(calls.policy) and "execute" not in vars(calls.agent) and calls.effects is None
+        is_plain = in_turn and enforces_nothing(calls.policy) and "execute" not in vars(calls.agent) and calls.effects is None
+        self._is_plain = is_plain and calls.rehearsal is None
 
     def run(self, frames: Mapping[str, pl.LazyFrame]) -> Iterator[list[BaseModel]]:
         """The outputs, in the order of the first keyed upstream, chunk by chunk."""
@@ -221,6 +236,8 @@ class RecordCalls:
         self._results = [None] * len(keys)
         reused = self._reuse(keys, chunk.records)
         wanted = [place for place in range(len(keys)) if place not in reused] if reused else range(len(keys))
+        if wanted and self._calls.frozen:
+            raise self._calls.not_kept(len(wanted), len(keys))
         announced = None
         if self._calls.effects is not None:
             from dagster_mao.journal import Chunk as AnnouncedCalls
@@ -409,13 +426,16 @@ class WholeCall:
 
     def __init__(self, calls: Calls, step: Step) -> None:
         self._calls, self._step, self._agent = calls, step, calls.agent
-        self._kept = KeptFrames(calls.store.objects, calls.attempt.pipeline, calls.agent.name)
+        kept_in = calls.rehearsal.kept_in if calls.rehearsal else None
+        self._kept = KeptFrames((kept_in or calls.store).objects, calls.attempt.pipeline, calls.agent.name)
 
     def run(self, frames: Mapping[str, pl.LazyFrame], pinned: Sequence[Seal], files: ExitStack) -> pl.LazyFrame | Staged:
         """What it answered, now or before, as a frame of the output contract's columns."""
         calls = self._calls
         key = calls.keys(None, self._digest(pinned))
         reused = self._reuse(calls.answers, key) if calls.answers is not None else None
+        if reused is None and calls.frozen:
+            raise calls.not_kept(1, 1)
         if calls.effects is None:
             return self._run(key, reused, frames, files, None)
         from dagster_mao.journal import Chunk as AnnouncedCalls
@@ -445,7 +465,7 @@ class WholeCall:
             error = outcome.instead or outcome.error
             raise failed(agent, outcome.error, "", outcome.instead) from cause(agent, error)
         answer, from_fallback = outcome.value, outcome.told is None
-        if outcome.told is None or calls.answers is None:
+        if outcome.told is None or calls.answers is None or isinstance(calls.answers, (AnswersThen, NoAnswers)):
             return self._step.as_frame(self._drawn(answer), from_fallback=from_fallback)
         kept = self._keep(answer, one, calls.answers, files)
         if not isinstance(kept, Staged):
@@ -489,7 +509,7 @@ class WholeCall:
         self._forget()
         return batch
 
-    def _reuse(self, answers: Answers, key: str) -> pl.LazyFrame | None:
+    def _reuse(self, answers: Answers | AnswersThen | NoAnswers, key: str) -> pl.LazyFrame | None:
         answer = answers.known([key]).get(key)
         if answer is None:
             return None

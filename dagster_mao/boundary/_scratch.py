@@ -22,12 +22,15 @@ class Scratch:
         self._folder: Path | None = None
         self._made = 0
 
-    def path(self) -> Path:
-        """A file that nobody else writes."""
+    def folder(self) -> Path:
         if self._folder is None:
             self._folder = self._files.enter_context(self._store.objects.staging())
+        return self._folder
+
+    def path(self) -> Path:
+        """A file that nobody else writes."""
         self._made += 1
-        return self._folder / f"{self._made}.parquet"
+        return self.folder() / f"{self._made}.parquet"
 
     def write(self, frame: pl.DataFrame) -> Path:
         file = self.path()

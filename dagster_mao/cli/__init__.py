@@ -13,8 +13,9 @@ from dagster_mao.cli import (  # each registers its commands
     compensate,
     look,
     quarantine,
+    replay,
     verify,
 )
 from dagster_mao.cli._app import app
 
-__all__ = ["app", "audit", "bisect", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "verify"]
+__all__ = ["app", "audit", "bisect", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "replay", "verify"]

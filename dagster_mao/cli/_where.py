@@ -7,7 +7,8 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -163,7 +164,7 @@ def load_pipeline(given: str | None, workflow: str) -> Pipeline:
     places = [given] if given else list(configured.get("pipelines", ()))
     if not places:
         fix = 'give --pipeline module:attribute, or put pipelines = ["module:attribute"] under [tool.dagster-mao] in pyproject.toml'
-        raise WiringError("No pipeline is named, and correcting a record takes its contract", fix=fix)
+        raise WiringError("No pipeline is named, and this takes its code", workflow=workflow, fix=fix)
     found = [imported(place, where.parent, Pipeline, "mao.Pipeline") for place in places]
     for pipeline in found:
         if workflow.startswith(f"{pipeline.name}/"):
@@ -185,6 +186,30 @@ def named_pipelines(name: str) -> list[Pipeline]:
     there = f"there is {', '.join(pipeline.name for pipeline in found)}" if found else "none is named"
     fix = 'give module:attribute, or put pipelines = ["module:attribute"] under [tool.dagster-mao] in pyproject.toml'
     raise WiringError(f"No pipeline {name!r} is named; {there}", fix=fix)
+
+
+@contextmanager
+def resources_of(names: Sequence[str], definitions: str | None, doing: str) -> Iterator[dict[str, Any]]:
+    """The resources of these names, as the Dagster definitions make them that are given as module:attribute or named in pyproject.toml.
+
+    Imports Dagster where there are any. Raises `WiringError` where no definitions have them; `doing` says what takes them.
+    """
+    if not names:
+        yield {}
+        return
+    import dagster as dg  # takes seconds, which what needs no resources does not pay
+
+    configured, where = project()
+    place = definitions or configured.get("definitions")
+    if not place:
+        fix = 'give --definitions module:attribute, or put definitions = "module:attribute" under [tool.dagster-mao] in pyproject.toml'
+        raise WiringError(f"{doing} takes the resource {names[0]!r}, and no definitions are named that have it", fix=fix)
+    defs = imported(place, where.parent, dg.Definitions, "dg.Definitions")
+    there = dict(defs.resources or {})
+    if missing := [name for name in names if name not in there]:
+        raise WiringError(f"{place} has no resource {missing[0]!r}", field=missing[0], fix="name the definitions that the pipeline runs by")
+    with dg.build_resources({name: there[name] for name in names}) as made:
+        yield {name: getattr(made, name) for name in names}
 
 
 def imported(place: str, folder: Path, kind: type[T], called: str) -> T:

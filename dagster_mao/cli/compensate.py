@@ -16,8 +16,8 @@ from rich.text import Text
 
 from dagster_mao.cli._app import HOME, Database, Json, Root, Storage, app, me
 from dagster_mao.cli._print import cell, grid, misused, plain, print_json, status, terminal
-from dagster_mao.cli._where import imported, load_pipeline, open_shared, open_store, placed, project
-from dagster_mao.errors import PinError, WiringError
+from dagster_mao.cli._where import load_pipeline, open_shared, open_store, placed, project, resources_of
+from dagster_mao.errors import PinError
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import StateStore
 
@@ -151,25 +151,10 @@ def _compensated(
 @contextmanager
 def _resources(pipeline: Pipeline, definitions: str | None) -> Iterator[dict[str, Any]]:
     """The resources that undoing takes, as the code location makes them. Raises `WiringError` where it is not known."""
-    import dagster as dg
-
     from dagster_mao.dagster.saga import undo_resources
 
-    names = undo_resources(pipeline)
-    if not names:
-        yield {}
-        return
-    configured, where = project()
-    place = definitions or configured.get("definitions")
-    if not place:
-        fix = 'give --definitions module:attribute, or put definitions = "module:attribute" under [tool.dagster-mao] in pyproject.toml'
-        raise WiringError(f"Undoing takes the resource {names[0]!r}, and no definitions are named that have it", fix=fix)
-    defs = imported(place, where.parent, dg.Definitions, "dg.Definitions")
-    there = dict(defs.resources or {})
-    if missing := [name for name in names if name not in there]:
-        raise WiringError(f"{place} has no resource {missing[0]!r}", field=missing[0], fix="name the definitions that the pipeline runs by")
-    with dg.build_resources({name: there[name] for name in names}) as made:
-        yield {name: getattr(made, name) for name in names}
+    with resources_of(undo_resources(pipeline), definitions, "Undoing") as resources:
+        yield resources
 
 
 def _tell_dagster(

@@ -144,9 +144,9 @@ def diff_command(
     most = (0 if json_ else 20) if limit is None else limit
     found = diff(store, *seals, limit=most or None)
     if json_:
-        print_json(_difference_as_json(found))
+        print_json(difference_as_json(found))
     else:
-        _print_difference(found)
+        print_difference(found)
     raise typer.Exit(0 if found.equal else 1)
 
 
@@ -187,7 +187,8 @@ def _grouped(seals: Iterable[Seal]) -> dict[str, list[Seal]]:
     return chains
 
 
-def _difference_as_json(found: Difference) -> dict[str, Any]:
+def difference_as_json(found: Difference) -> dict[str, Any]:
+    """All of it."""
     rest = {name: getattr(found, name) for name in ("equal", "key", "added", "removed", "changed", "same", "by_field", "circumstances")}
     return {
         "left": facts(found.left),
@@ -331,10 +332,12 @@ def _counted(seal: Seal) -> str:
     return told + (f", and {seal.deferred:,} wait for the next run" if seal.deferred else "")
 
 
-def _print_difference(found: Difference) -> None:
+def print_difference(found: Difference, *, right: str | None = None) -> None:
+    """`right`: what is said of a right side that is no version."""
     console = terminal()
     for sign, seal in (("-", found.left), ("+", found.right)):
-        console.print(Text(plain(f"{sign} {seal.reference}: {seal.agent}, {seal.row_count:,} records, {moment(seal)} UTC"), style="bold"))
+        told = f"{seal.reference}: {seal.agent}, {seal.row_count:,} records, {moment(seal)} UTC"
+        console.print(Text(plain(f"{sign} {right if right and sign == '+' else told}"), style="bold"))
     if found.circumstances:
         table = grid("what else changed", "from", "to")
         for name, (before, after) in found.circumstances.items():

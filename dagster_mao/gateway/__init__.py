@@ -11,6 +11,7 @@ from dagster_mao.gateway._retry import retry_after
 
 if TYPE_CHECKING:
     from dagster_mao.gateway._answers import Answer, Answers, Unlogged
+    from dagster_mao.gateway._shared import read_only
 
 __all__ = [
     "Answer",
@@ -27,6 +28,7 @@ __all__ = [
     "enforces_nothing",
     "idempotency_key",
     "parse_rate",
+    "read_only",
     "retry_after",
     "shared_store",
     "usage",
@@ -38,4 +40,8 @@ def __getattr__(name: str) -> Any:
         from dagster_mao.gateway import _answers
 
         return getattr(_answers, name)
+    if name == "read_only":
+        from dagster_mao.gateway import _shared
+
+        return _shared.read_only
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,11 +6,12 @@ SQLite by default, PostgreSQL by URL. Importing this module imports SQLAlchemy: 
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from dagster_mao.errors import StoreError
 METADATA = sa.MetaData()  # each module of this room declares its tables here; they are made on the first use after that
 _BUSY_SECONDS = 30.0
 _SETUP_LOCK = 0x6D616F  # of PostgreSQL's advisory locks
+_COPIES, _COPY_AGAIN = 50, 0.1  # tries to copy a database that is written to, and seconds between two
 _SECRET = ("password", "passfile", "sslpassword", "sslkey")
 
 
@@ -176,6 +178,45 @@ class SharedStore:
     def _unusable(self, why: str, cause: BaseException | None = None, *, fix: str | None = None) -> NoReturn:
         fix = fix or "check that it is up, that this user may write there, and that there is space"
         raise StoreError(f"The shared database {self.name} cannot be used: {why}", fix=fix) from cause
+
+
+def read_only(url: str, folder: Path) -> SharedStore | None:
+    """The same database, to be read and left as it is; None where there is none yet.
+
+    An SQLite file is copied into the folder: to open it would change it, or the files beside it. Raises `StoreError` when it is written
+    to faster than it can be copied.
+    """
+    shared = SharedStore(url)
+    if shared.file is not None:
+        return SharedStore(_copied(shared.file, folder)) if shared.file.exists() else None
+    if not all(shared.holds(table) for table in METADATA.sorted_tables):
+        return None
+    with shared._lock:
+        shared._made = frozenset(METADATA.tables)  # nothing is to be made there
+    return shared
+
+
+def _copied(file: Path, folder: Path) -> Path:
+    """A copy of an SQLite file with its write-ahead log, of one moment: neither changed while they were copied."""
+    sources = [file, file.with_name(f"{file.name}-wal")]
+    for _ in range(_COPIES):
+        before = [_stamp(source) for source in sources]
+        for source in sources:
+            (folder / source.name).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                shutil.copyfile(source, folder / source.name)
+        if before == [_stamp(source) for source in sources]:
+            return folder / file.name
+        time.sleep(_COPY_AGAIN)
+    raise StoreError(f"The shared database {file} cannot be copied: it changes all the time", fix="try again when less is running")
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    try:
+        told = file.stat()
+    except FileNotFoundError:
+        return None
+    return told.st_mtime_ns, told.st_size
 
 
 _POSTGRES_NOW = sa.text("SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)")

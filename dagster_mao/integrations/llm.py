@@ -21,6 +21,7 @@ M = TypeVar("M", bound=BaseModel)
 
 OPENAI = "https://api.openai.com/v1"
 _MILLION = 1_000_000
+_NOTHING_FROZEN = "no-frozen-answers"  # a folder that is not there
 _OWN = frozenset({"messages", "model", "n", "response_format", "seed", "stream", "temperature", "tool_choice", "tools"})
 
 
@@ -204,6 +205,11 @@ class LLM(dg.ConfigurableResource[Any]):
         names = ("model", "base_url", "temperature", "seed", "parameters", "output_mode", "strict", "send_personal")
         frozen = FrozenAnswers(self._value("frozen")).digest() if self.frozen and not self.record else None
         return {**{name: self._value(name) for name in names}, "frozen": frozen}
+
+    def __mao_frozen__(self) -> "LLM":
+        """The same model, of which only frozen answers are to be had: for replays, which ask nobody. Without a folder all are missing."""
+        settings = {name: getattr(self, name) for name in type(self).model_fields}
+        return _made(type(self), {**settings, "record": False, "frozen": self.frozen or _NOTHING_FROZEN})
 
     def get_resource_definition(self) -> Any:
         """In Dagster: what it makes of the resource, when the code location loads."""

@@ -4,6 +4,7 @@ from dagster_mao.review.bisect import Bisection, Candidate, Changed, Probe, bise
 from dagster_mao.review.diff import Difference, RecordDifference, diff
 from dagster_mao.review.history import as_of, facts, history, parse_reference, records, resolve, sealed
 from dagster_mao.review.masking import MASK, masked
+from dagster_mao.review.replay import Replay, replay
 
 __all__ = [
     "MASK",
@@ -13,6 +14,7 @@ __all__ = [
     "Difference",
     "Probe",
     "RecordDifference",
+    "Replay",
     "as_of",
     "bisect",
     "diff",
@@ -21,6 +23,7 @@ __all__ = [
     "masked",
     "parse_reference",
     "records",
+    "replay",
     "resolve",
     "sealed",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,8 +79,20 @@ def diff(store: StateStore, left: Seal, right: Seal, *, limit: int | None = None
     `limit` bounds the records that are listed, not those that are compared. NaN equals NaN here, and null equals null. Raises
     `TamperedError` when a snapshot is not what was sealed, `MaoError` when the two cannot be compared (different key fields, no snapshot).
     """
+    return compared(left, right, store.read, store.read, limit=limit)
+
+
+def compared(
+    left: Seal,
+    right: Seal,
+    read_left: Callable[[Seal], pl.LazyFrame],
+    read_right: Callable[[Seal], pl.LazyFrame],
+    *,
+    limit: int | None = None,
+) -> Difference:
+    """`diff`, of versions that are read from different places."""
     key = _common_key(left, right)
-    sides = [_numbered(store.read(seal), key) for seal in (left, right)]
+    sides = [_numbered(read(seal), key) for seal, read in ((left, read_left), (right, read_right))]
     schemas = [side.collect_schema() for side in sides]
     shared = [name for name in schemas[0] if name in schemas[1] and name != _KEY]
     joined = _joined(sides[0], sides[1], schemas[0], schemas[1], shared)

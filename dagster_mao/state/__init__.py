@@ -7,6 +7,7 @@ from dagster_mao.state.kept import KeptFile, KeptFrames
 from dagster_mao.state.moments import When, is_moment, moment, passed, there
 from dagster_mao.state.objects import reaching
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
+from dagster_mao.state.rehearsal import Beside, Rehearsed
 from dagster_mao.state.seal import DEFERRED_SUFFIX, QUARANTINE_SUFFIX, Parent, Seal
 from dagster_mao.state.snapshots import Staged, staged
 from dagster_mao.state.store import StateStore
@@ -21,11 +22,13 @@ __all__ = [
     "QUARANTINE_SCHEMA",
     "QUARANTINE_SUFFIX",
     "Attempt",
+    "Beside",
     "CallSummary",
     "KeptFile",
     "KeptFrames",
     "Parent",
     "Provenance",
+    "Rehearsed",
     "Seal",
     "Staged",
     "StateStore",
