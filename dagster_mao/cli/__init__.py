@@ -14,8 +14,9 @@ from dagster_mao.cli import (  # each registers its commands
     look,
     quarantine,
     replay,
+    step,
     verify,
 )
 from dagster_mao.cli._app import app
 
-__all__ = ["app", "audit", "bisect", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "replay", "verify"]
+__all__ = ["app", "audit", "bisect", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "replay", "step", "verify"]

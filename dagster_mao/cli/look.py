@@ -338,11 +338,8 @@ def print_difference(found: Difference, *, right: str | None = None) -> None:
     for sign, seal in (("-", found.left), ("+", found.right)):
         told = f"{seal.reference}: {seal.agent}, {seal.row_count:,} records, {moment(seal)} UTC"
         console.print(Text(plain(f"{sign} {right if right and sign == '+' else told}"), style="bold"))
+    print_circumstances(console, found)
     if found.circumstances:
-        table = grid("what else changed", "from", "to")
-        for name, (before, after) in found.circumstances.items():
-            table.add_row(cell(name), cell(short(before)), cell(short(after)))
-        console.print(table)
         console.print()
     if print_changes(console, found.contract):
         console.print()
@@ -352,6 +349,23 @@ def print_difference(found: Difference, *, right: str | None = None) -> None:
     console.print("The records are the same." if found.equal else f"Records: {counts}.")
     if found.by_field:
         console.print(Text(plain("Changed fields: " + ", ".join(f"{name} ({count:,})" for name, count in found.by_field.items()))))
+    print_records_of(console, found)
+    unlisted = found.added + found.removed + found.changed - len(found.records)
+    if unlisted > 0:
+        console.print(f"{unlisted:,} more; --limit 0 shows all.")
+
+
+def print_circumstances(console: Console, found: Difference) -> None:
+    """What else was different."""
+    if found.circumstances:
+        table = grid("what else changed", "from", "to")
+        for name, (before, after) in found.circumstances.items():
+            table.add_row(cell(name), cell(short(before)), cell(short(after)))
+        console.print(table)
+
+
+def print_records_of(console: Console, found: Difference) -> None:
+    """The records that are listed, field by field."""
     if found.records:
         table = grid(plain(found.key or "record"), "change", "field", "from", "to")
         for record in found.records:
@@ -359,6 +373,3 @@ def print_difference(found: Difference, *, right: str | None = None) -> None:
             for name, (before, after) in record.fields.items() or [("", ("", ""))]:
                 table.add_row(key, cell(record.change), cell(name), cell(before), cell(after))
         console.print(table)
-    unlisted = found.added + found.removed + found.changed - len(found.records)
-    if unlisted > 0:
-        console.print(f"{unlisted:,} more; --limit 0 shows all.")

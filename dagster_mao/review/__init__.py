@@ -5,6 +5,7 @@ from dagster_mao.review.diff import Difference, RecordDifference, diff
 from dagster_mao.review.history import as_of, facts, history, parse_reference, records, resolve, sealed
 from dagster_mao.review.masking import MASK, masked
 from dagster_mao.review.replay import Replay, replay
+from dagster_mao.review.walk import Scene, walk
 
 __all__ = [
     "MASK",
@@ -15,6 +16,7 @@ __all__ = [
     "Probe",
     "RecordDifference",
     "Replay",
+    "Scene",
     "as_of",
     "bisect",
     "diff",
@@ -26,4 +28,5 @@ __all__ = [
     "replay",
     "resolve",
     "sealed",
+    "walk",
 ]
