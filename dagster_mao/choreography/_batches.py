@@ -22,7 +22,12 @@ from dagster_mao.errors import MaoError, StoreError
 from dagster_mao.gateway._shared import SharedStore
 
 LEASE = 60.0  # seconds for which a silent run is believed to be alive
+KEPT = 7 * 86400.0
+"""Seconds for which it is noted what became of a batch. After that the log alone says it, which said it all the time."""
+
 _BEATS = 4  # in that time
+_FORGOTTEN = 5  # batches at a time: a sensor's turn is short
+_FIRST_REST, _LONGEST_REST = 30.0, 600.0  # seconds for which a batch that is the death of its runs rests, twice as long each time
 
 logger = WorkflowLog(logging.getLogger("dagster_mao.choreography"))
 
@@ -42,19 +47,35 @@ class BatchTakenError(MaoError):
 
 def make(connection: sa.Connection, now: float, *, pipeline: str, agent: str, size: int, name: str | None = None) -> str:
     """A new batch; returns its id, which sorts by the second of its making. `name`: of one that was lost."""
-    name = name or f"{dt.datetime.fromtimestamp(now, dt.timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}"
+    name = name or f"{_second(now)}-{uuid.uuid4().hex[:12]}"
     row = {"id": name, "pipeline": pipeline, "agent": agent, "size": size, "generation": 0, "made": now, "is_open": True}
     connection.execute(sa.insert(BATCHES).values(row))
     return name
 
 
-def to_launch(connection: sa.Connection, now: float, *, pipeline: str, agent: str) -> list[Batch]:
-    """The batches that no living run has, oldest first."""
+def to_launch(connection: sa.Connection, now: float, *, pipeline: str, agent: str, deaths: int | None = None) -> list[Batch]:
+    """The batches that no living run has, oldest first. After so many `deaths` of its runs one rests before each next, ever longer."""
     mine = (BATCHES.c.pipeline == pipeline) & (BATCHES.c.agent == agent) & BATCHES.c.is_open.is_(True)
     silent = mine & BATCHES.c.run_id.is_not(None) & (BATCHES.c.lease < now)
-    connection.execute(sa.update(BATCHES).where(silent).values(generation=BATCHES.c.generation + 1, run_id=None, lease=None))
-    waiting = sa.select(BATCHES).where(mine, BATCHES.c.run_id.is_(None)).order_by(BATCHES.c.id)
-    return [Batch(_key(row.id, row.generation), row.pipeline, row.agent, row.size) for row in connection.execute(waiting)]
+    connection.execute(sa.update(BATCHES).where(silent).values(generation=BATCHES.c.generation + 1, run_id=None, lease=now))
+    waiting = connection.execute(sa.select(BATCHES).where(mine, BATCHES.c.run_id.is_(None)).order_by(BATCHES.c.id))
+    awake = [row for row in waiting if deaths is None or now >= (row.lease or 0.0) + _rest(row.generation - deaths)]
+    return [Batch(_key(row.id, row.generation), row.pipeline, row.agent, row.size) for row in awake]
+
+
+def _rest(times: int) -> float:
+    """For how many seconds a batch rests that has to for so many times and once more."""
+    return 0.0 if times < 0 else min(_FIRST_REST * 2.0 ** min(times, 20), _LONGEST_REST)
+
+
+def forget(connection: sa.Connection, now: float, *, pipeline: str, agent: str) -> list[str]:
+    """Deletes some batches that were done with long ago, the oldest first; returns their ids."""
+    mine = (BATCHES.c.pipeline == pipeline) & (BATCHES.c.agent == agent) & BATCHES.c.is_open.is_(False)
+    old = sa.select(BATCHES.c.id).where(BATCHES.c.id < _second(now - KEPT), mine).order_by(BATCHES.c.id).limit(_FORGOTTEN)
+    names = list(connection.scalars(old))
+    if names:
+        connection.execute(sa.delete(BATCHES).where(BATCHES.c.id.in_(names)))
+    return names
 
 
 def abandon(shared: SharedStore, run_key: str) -> bool:
@@ -65,7 +86,8 @@ def abandon(shared: SharedStore, run_key: str) -> bool:
     name, generation = _parsed(run_key)
     mine = (BATCHES.c.id == name) & (BATCHES.c.generation == generation) & BATCHES.c.is_open.is_(True)
     with shared.transaction(durable=False) as connection:
-        changed = connection.execute(sa.update(BATCHES).where(mine).values(generation=generation + 1, run_id=None, lease=None))
+        now = shared.now(connection)
+        changed = connection.execute(sa.update(BATCHES).where(mine).values(generation=generation + 1, run_id=None, lease=now))
     return bool(changed.rowcount)
 
 
@@ -138,6 +160,10 @@ class Hold:
 def named(run_key: str) -> str:
     """The id of the batch that a run key is of."""
     return _parsed(run_key)[0]
+
+
+def _second(at: float) -> str:
+    return f"{dt.datetime.fromtimestamp(at, dt.timezone.utc):%Y%m%dT%H%M%S}"
 
 
 def _key(name: str, generation: int) -> str:

@@ -47,6 +47,7 @@ def handed_out(
         now = shared(store).now(connection)
         take_turn(connection, subscriber.pipeline, subscriber.agent)
         _put_back(connection, now, subscriber)
+        _forget(connection, now, subscriber)
         while _cut(connection, now, subscriber, declared):
             pass
         return _batches.to_launch(connection, now, pipeline=subscriber.pipeline, agent=subscriber.agent)
@@ -86,6 +87,14 @@ def _put_back(connection: sa.Connection, now: float, subscriber: Subscriber) -> 
     is_open = sa.select(BATCHES.c.id).where(_is(BATCHES, subscriber), BATCHES.c.is_open.is_(True))
     lost = _is(DELIVERIES, subscriber) & (DELIVERIES.c.state == "claimed") & DELIVERIES.c.batch.not_in(is_open)
     connection.execute(sa.update(DELIVERIES).where(lost).values(state="waiting", batch=None, at=now))
+
+
+def _forget(connection: sa.Connection, now: float, subscriber: Subscriber) -> None:
+    """Deletes what is sealed, or void, since long ago: the log says so. What failed stays, and what is counted as refused."""
+    names = _batches.forget(connection, now, pipeline=subscriber.pipeline, agent=subscriber.agent)
+    over = DELIVERIES.c.batch.in_(names) & DELIVERIES.c.state.in_(["done", "void"]) & (DELIVERIES.c.refused == 0)
+    if names:
+        connection.execute(sa.delete(DELIVERIES).where(over))
 
 
 def _note(connection: sa.Connection, now: float, subscriber: Subscriber, stood: Mapping[str, Standing], *, rebuild: bool) -> None:

@@ -26,7 +26,7 @@ from dagster_mao.agent import MicroBatch
 from dagster_mao.boundary import Outcome, run_agent
 from dagster_mao.choreography import _batches
 from dagster_mao.choreography._batches import Batch, BatchTakenError, Hold
-from dagster_mao.choreography._deliveries import take_turn
+from dagster_mao.choreography._deliveries import MOST_DEATHS, take_turn
 from dagster_mao.choreography._run import Delivered
 from dagster_mao.choreography._tables import BATCHES, INBOX, SUBSCRIBERS, insert_if_absent, parts, shared
 from dagster_mao.contract import Contract
@@ -90,7 +90,8 @@ def cut_into(store: StateStore, pipeline: Pipeline, declared: MicroBatch, *, eve
         _put_back(connection, now, name, entry)
         while _cut(connection, now, name, entry, declared):
             pass
-        return _batches.to_launch(connection, now, pipeline=name, agent=entry)
+        _batches.forget(connection, now, pipeline=name, agent=entry)
+        return _batches.to_launch(connection, now, pipeline=name, agent=entry, deaths=MOST_DEATHS)
 
 
 def intake_workflow(run_key: str) -> str:

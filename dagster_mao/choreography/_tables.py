@@ -73,7 +73,7 @@ BATCHES = sa.Table(
     sa.Column("size", sa.Integer, nullable=False),
     sa.Column("generation", sa.Integer, nullable=False),  # counts the runs that had it: an earlier one may write no more
     sa.Column("run_id", sa.Text),  # that has it; null until a run has begun
-    sa.Column("lease", sa.Double),  # until when that run is believed to be alive
+    sa.Column("lease", sa.Double),  # until when that run is believed to be alive; where no run has it, when the last one was found dead
     sa.Column("made", sa.Double, nullable=False),
     sa.Column("is_open", sa.Boolean, nullable=False),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 from collections import Counter
 from contextlib import suppress
@@ -431,3 +432,50 @@ def test_what_choreography_sealed_verifies(local_store: StateStore, ledger: Ledg
     drain(local_store, loans("hybrid"), resources={"ledger": ledger})
     drain(local_store, elsewhere(), resources={"ledger": ledger})
     assert verify(local_store).findings == ()
+
+
+# -- what was done long ago ----------------------------------------------------------------------------------------------------------
+
+
+def long_ago(store: StateStore, days: int = 8) -> None:
+    """As if all batches had been made so many days ago: their names say when."""
+    made = f"{dt.datetime.now(dt.timezone.utc) - dt.timedelta(days=days):%Y%m%d}"
+    with shared(store).transaction() as connection:
+        for column in (BATCHES.c.id, DELIVERIES.c.batch):
+            connection.execute(sa.update(column.table).values({column: sa.literal(made) + sa.func.substr(column, 9)}))
+
+
+def test_what_was_sealed_long_ago_is_noted_no_more_and_not_done_again(shared_state: StateStore, ledger: Ledger) -> None:
+    """The log has it. What failed is not in the log: its note is all that keeps it from being tried again and again."""
+    pipeline = loans(agents=[AGENTS[0]], micro_batch=mao.MicroBatch(size=1, wait=0))
+    arrive(shared_state, "w0", "w1", "w2", "bad")
+    ledger.fail("score loans/bad")
+    drain(shared_state, pipeline, resources={"ledger": ledger})
+    executed = once("w0", "w1", "w2", "bad", agents=["score"])
+    assert ledger.executions == executed
+    with shared(shared_state).transaction() as connection:
+        connection.execute(sa.update(DELIVERIES).where(DELIVERIES.c.workflow_id == "loans/w2").values(refused=1))
+    long_ago(shared_state, 6)
+    assert tick(shared_state, pipeline, "score") == []
+    assert len(rows(shared_state, BATCHES)) == 4
+    long_ago(shared_state)
+    assert tick(shared_state, pipeline, "score") == []
+    assert rows(shared_state, BATCHES) == []
+    kept = {row.workflow_id: row.state for row in rows(shared_state, DELIVERIES)}
+    assert kept == {"loans/bad": "failed", "loans/w2": "done"}
+    assert tick(shared_state, pipeline, "score", rebuild=True) == [], "the whole log, read again"
+    drain(shared_state, pipeline, resources={"ledger": ledger})
+    assert ledger.executions == executed
+    assert redeliver(shared_state, pipeline, "score") == 1
+    ledger.fail()
+    drain(shared_state, pipeline, resources={"ledger": ledger})
+    assert sealed(shared_state) == once("w0", "w1", "w2", "bad", agents=["score"])
+
+
+def test_a_batch_that_is_at_work_is_not_forgotten_however_old(shared_state: StateStore, ledger: Ledger) -> None:
+    pipeline = loans(agents=[AGENTS[0]], micro_batch=EAGER)
+    arrive(shared_state, "w0")
+    tick(shared_state, pipeline, "score")
+    long_ago(shared_state)
+    (batch,) = tick(shared_state, pipeline, "score")
+    assert [one.state for one in work(shared_state, ledger, "score", batch.run_key, pipeline=pipeline)] == ["done"]

@@ -229,6 +229,33 @@ def test_a_batch_whose_run_died_after_the_seal_is_not_sealed_again(shared_state:
     assert cut(shared_state, pipeline) == []
 
 
+def test_a_batch_that_is_the_death_of_its_runs_is_handed_out_ever_more_slowly_and_others_at_once(shared_state: StateStore) -> None:
+    pipeline = listening()
+
+    def later(seconds: float) -> list[str]:
+        """What is handed out when so many seconds more have passed since the last run died."""
+        with shared(shared_state).transaction() as connection:
+            connection.execute(sa.update(BATCHES).values(lease=BATCHES.c.lease - seconds))
+        return [batch.run_key for batch in cut(shared_state, pipeline)]
+
+    submit(shared_state, pipeline, events("A"))
+    for _ in range(3):
+        (key,) = later(0)
+        assert abandon(shared(shared_state), key)
+    for rest in (30, 60, 120, 240, 480, 600, 600):
+        assert later(0) == later(rest - 5) == []
+        (key,) = later(10)
+        assert abandon(shared(shared_state), key)
+    submit(shared_state, pipeline, events("B"))
+    (other,) = later(0)
+    assert other.partition(".")[0] != key.partition(".")[0]
+    assert run_inbox(shared_state, pipeline, other, run_id="run").state == "done"
+    assert take_in(shared_state, pipeline) == []
+    (key,) = later(600)
+    assert run_inbox(shared_state, pipeline, key, run_id="run").state == "done", "what killed them is over"
+    assert entered(shared_state) == ["A", "B"]
+
+
 @pytest.mark.parametrize("point", ["records", "run_agent"])
 def test_of_two_that_have_the_same_batch_one_seals(shared_state: StateStore, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     """A run that was stopped and wakes up: before it joined its attempt, or just before it seals."""
