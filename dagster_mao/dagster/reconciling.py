@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import dagster as dg
+from dagster._core.storage.tags import ROOT_RUN_ID_TAG
 
 from dagster_mao.correlation import Whose, WorkflowLog
 from dagster_mao.dagster.endings import RETRIED_WITHIN, Ending, ending, standing
@@ -21,12 +22,15 @@ from dagster_mao.dagster.saga import (
 )
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.saga import ABSENT_SECONDS, Saga, Unfinished, show_up, unfinished
-from dagster_mao.state import StateStore, is_completed
+from dagster_mao.state import StateStore
 
 # Seconds between the end of a compensation that came to none and the next, doubled each time within an hour: soon at first, and no more
 # than a dozen an hour; when what kept them from starting (a code server that is down) is over, ten minutes later at the latest.
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0
 _AT_ONCE = 20  # runs asked for in one tick
+_TOGETHER = 500  # attempts asked about in one query
+_NOT_SUCCEEDED = [status for status in dg.DagsterRunStatus if status != dg.DagsterRunStatus.SUCCESS]
+_GOES_ON = "its agents are at work, or are started when what they read is sealed"
 _FENCED_WITHIN = 30.0  # seconds in which a code location that has what is undone first begins; then another one ends the attempt
 _PRIORITY = "10"  # in the run queue: what is half done goes before what is new
 
@@ -69,7 +73,12 @@ def build_compensation_sensor(
         found = unfinished(store, pipeline.name)
         if any(_is_shared(pipeline, one) for one in found):
             show_up(store, pipeline.name, with_effects(pipeline), every=absent_seconds / 10)
+        going_on = _going_on(context.instance, pipeline, found)
+        if going_on:
+            waiting.append(f"{len(going_on)} attempts: {_GOES_ON}")
         for one in found:
+            if one.attempt in going_on:
+                continue
             try:
                 due = _due(context.instance, store, pipeline, one, patience)
             except Exception as error:  # whatever is wrong with one attempt, the others are looked at
@@ -97,6 +106,23 @@ class Patience(NamedTuple):
     absence: float
 
 
+def _going_on(instance: dg.DagsterInstance, pipeline: Pipeline, found: Sequence[Unfinished]) -> set[str]:
+    """The attempts that go on, of those in hybrid mode: nobody asked for their compensation, and none of their own runs has failed.
+
+    There may be ten thousand, of which nothing is to be said: they are asked about together.
+    """
+    if pipeline.mode != "hybrid":
+        return set()
+    asked = sorted({one.attempt for one in found if one.kind == "attempt" and one.state is None and not one.completed})
+    failed = set[str]()
+    for start in range(0, len(asked), _TOGETHER):
+        some = asked[start : start + _TOGETHER]
+        roots = instance.get_runs(dg.RunsFilter(run_ids=some, statuses=_NOT_SUCCEEDED))
+        again = instance.get_runs(dg.RunsFilter(tags={ROOT_RUN_ID_TAG: some}, statuses=_NOT_SUCCEEDED))
+        failed |= {run.root_run_id or run.run_id for run in (*roots, *again)}
+    return set(asked) - failed
+
+
 def _is_shared(pipeline: Pipeline, one: Unfinished) -> bool:
     """Whether agents of other code locations had effects in it."""
     return pipeline.mode == "hybrid" and not pipeline.agents.keys() >= set(one.agents)
@@ -115,7 +141,7 @@ def _due(instance: dg.DagsterInstance, store: StateStore, pipeline: Pipeline, on
     if one.lease_until is not None and (left := one.lease_until.timestamp() - time.time()) > 0:
         return f"another compensator holds it for another {left:.0f} s"
     found = ending(instance, one.attempt, retried_within=patience.retry)
-    if one.kind == "attempt" and (waits := _not_over(instance, store, found, one, pipeline, patience.silence)):
+    if one.kind == "attempt" and (waits := _not_over(instance, found, one, pipeline, patience.silence)):
         return waits
     if _is_shared(pipeline, one) and (waits := _others_first(store, pipeline, one, patience.absence)):
         return waits
@@ -150,16 +176,12 @@ def _pauses(before: Sequence[dg.RunRecord]) -> str | None:
     return f"{lately} compensations came to no end within an hour; the next one starts in {left:.0f} s" if left > 0 else None
 
 
-def _not_over(
-    instance: dg.DagsterInstance, store: StateStore, found: Ending, one: Unfinished, pipeline: Pipeline, patience: float
-) -> str | None:
+def _not_over(instance: dg.DagsterInstance, found: Ending, one: Unfinished, pipeline: Pipeline, patience: float) -> str | None:
     if pipeline.mode == "hybrid" and one.state:
         # Its runs are of many attempts each: it is over when one of its agents has failed. The fence ends what the others still do for it.
         return None
     if pipeline.mode == "hybrid" and not found.failed:
-        if is_completed(store.seals(one.workflow_id), one.attempt):
-            return _left_by(instance, one, patience)
-        return "its agents are at work, or are started when what they read is sealed"
+        return _left_by(instance, one, patience) if one.completed else _GOES_ON
     if found.waits_for:
         return found.waits_for
     if not found.runs:

@@ -15,6 +15,8 @@ from dagster_mao.journal._journal import Journal, pages
 from dagster_mao.journal._pages import Page, Told
 from dagster_mao.journal._tables import COMPENSATORS, PAGES, SAGAS, STEPS, UNDOS
 
+_NAMES = 5000  # in one statement
+
 
 class StepRow(NamedTuple):
     """A step as the journal has it. Times in seconds since the epoch, by the database's clock."""
@@ -99,9 +101,13 @@ class Sagas:
 
     def last_written(self, steps: Collection[int]) -> dict[int, float]:
         """When each of these steps last wrote a page."""
-        query = sa.select(PAGES.c.step, sa.func.max(PAGES.c.at)).where(PAGES.c.step.in_(steps)).group_by(PAGES.c.step)
+        found, wanted = dict[int, float](), sorted(steps)
+        query = sa.select(PAGES.c.step, sa.func.max(PAGES.c.at)).group_by(PAGES.c.step)
         with self._journal.reading() as connection:
-            return {row[0]: row[1] for row in connection.execute(query)}
+            for start in range(0, len(wanted), _NAMES):
+                some = query.where(PAGES.c.step.in_(wanted[start : start + _NAMES]))
+                found |= {row[0]: row[1] for row in connection.execute(some)}
+        return found
 
     def told(self, steps: Collection[int]) -> dict[int, Told]:
         """What the pages of these steps tell."""

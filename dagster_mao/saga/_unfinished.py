@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -29,8 +29,8 @@ class Unfinished:
 
     `kind` "late": it was compensated, and an effect came afterwards. `state`: None where nobody asked for it, else "requested", "running"
     or "incomplete" (which another try alone need not mend). An attempt that goes on is here too: `ended`: all its steps told how
-    they ended; where not, ask whoever runs them about `runs`. `last` is when it last wrote to the journal, `lease_until` until when a
-    compensator holds it (UTC, by the database's clock).
+    they ended; where not, ask whoever runs them about `runs`. `completed`: the attempt has, and nobody told how a step of it ended. `last`
+    is when it last wrote to the journal, `lease_until` until when a compensator holds it (UTC, by the database's clock).
     """
 
     workflow_id: str
@@ -41,6 +41,7 @@ class Unfinished:
     runs: tuple[str, ...]
     agents: tuple[str, ...]
     ended: bool
+    completed: bool
     last: dt.datetime
     lease_until: dt.datetime | None
     tries: int
@@ -94,16 +95,18 @@ def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
     completed: dict[str, list[StepRow]] = {}
     for step in journal.open_steps(pipeline):
         groups.setdefault((step.workflow_id, step.attempt), []).append(step)
+    groups = {key: steps for key, steps in groups.items() if key not in held}
+    # In hybrid mode all that is at work is here: so it is asked about once, and not one by one.
+    ended = store.completed(pipeline, {workflow_id for workflow_id, _ in groups})
+    written = journal.last_written([step.id for steps in groups.values() for step in steps])
     for (workflow_id, attempt), steps in groups.items():
-        if (workflow_id, attempt) in held:
-            continue
         if any(step.late for step in steps):
             saga = journal.find(workflow_id, attempt)
-            found.append(_unfinished(steps, journal, "late", None if saga is None else saga.tries, saga))
-        elif is_completed(store.seals(workflow_id), attempt):
+            found.append(_unfinished(steps, written, "late", None if saga is None else saga.tries, saga))
+        elif (workflow_id, attempt) in ended:
             completed.setdefault(workflow_id, []).extend(steps)
         else:
-            found.append(_unfinished(steps, journal, "attempt", 0, None))
+            found.append(_unfinished(steps, written, "attempt", 0, None))
     for workflow_id, steps in completed.items():
         found += _superseded(store, journal, workflow_id, steps)
     return found
@@ -117,12 +120,14 @@ def _superseded(store: StateStore, journal: Sagas, workflow_id: str, steps: list
     found = []
     for (earlier, later), of_steps in told.items():
         own = [step for step in every if step.id in of_steps]
-        found.append(_unfinished(own, journal, "superseded", 0, None, superseded_by=later, attempt=earlier))
+        written = journal.last_written(of_steps)
+        found.append(_unfinished(own, written, "superseded", 0, None, superseded_by=later, attempt=earlier))
     # Where one was re-executed after it had completed, that goes on, or died.
     seals = store.seals(workflow_id)
     for attempt in dict.fromkeys(step.attempt for step in steps if step.state in OPEN and not has_sealed(step, seals)):
         waits = True
-        found.append(_unfinished([step for step in steps if step.attempt == attempt], journal, "attempt", 0, None))
+        own = [step for step in steps if step.attempt == attempt]
+        found.append(replace(_unfinished(own, journal.last_written([step.id for step in own]), "attempt", 0, None), completed=True))
     if not found and not waits:
         with about(workflow_id):
             _noted(partial(journal.settle, workflow_id, [step.id for step in steps]))
@@ -207,12 +212,13 @@ def _state(row: SagaRow, journal: Sagas) -> SagaState:
 
 def _of_saga(row: SagaRow, steps: list[StepRow], journal: Sagas) -> Unfinished:
     kind: Kind = "superseded" if row.superseded_by else "attempt"
-    return _unfinished(steps, journal, kind, row.tries, row, superseded_by=row.superseded_by, attempt=row.attempt)
+    written = journal.last_written([step.id for step in steps])
+    return _unfinished(steps, written, kind, row.tries, row, superseded_by=row.superseded_by, attempt=row.attempt)
 
 
 def _unfinished(
     steps: list[StepRow],
-    journal: Sagas,
+    written: Mapping[int, float],
     kind: Kind,
     tries: int | None,
     saga: SagaRow | None,
@@ -220,8 +226,8 @@ def _unfinished(
     superseded_by: str = "",
     attempt: str | None = None,
 ) -> Unfinished:
-    written = journal.last_written([step.id for step in steps])
-    times = [*(step.ended or step.started for step in steps), *written.values(), *([saga.asked] if saga else [])]
+    told = (written[step.id] for step in steps if step.id in written)
+    times = [*(step.ended or step.started for step in steps), *told, *([saga.asked] if saga else [])]
     return Unfinished(
         workflow_id=saga.workflow_id if saga else steps[0].workflow_id,
         attempt=attempt or steps[0].attempt,
@@ -231,6 +237,7 @@ def _unfinished(
         runs=tuple(dict.fromkeys(step.run_id for step in steps)),
         agents=tuple(dict.fromkeys(step.agent for step in steps)),
         ended=all(step.state in ("sealed", "failed") for step in steps),
+        completed=False,
         last=_utc(max(times)),
         lease_until=None if saga is None or saga.lease_until is None else _utc(saga.lease_until),
         tries=tries or 0,

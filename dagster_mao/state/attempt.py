@@ -16,10 +16,8 @@ from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects
 from dagster_mao.state.projection import Projection
 from dagster_mao.state.quarantine import QUARANTINE_SCHEMA
-from dagster_mao.state.seal import DEFERRED_SUFFIX, QUARANTINE_SUFFIX, Kind, Parent, Seal
+from dagster_mao.state.seal import DEFERRED_SUFFIX, OUTPUTS, QUARANTINE_SUFFIX, Kind, Parent, Seal
 from dagster_mao.state.snapshots import Staged, snapshot_name
-
-_OUTPUTS = ("entry", "output")  # the kinds of seal that hold an agent's rows
 
 
 class Pins(BaseModel):
@@ -166,7 +164,7 @@ class Attempt:
 
     def sealed(self, agent: str) -> Seal | None:
         """What the agent had sealed last in the workflow, in whatever attempt, when this step joined; None where it had sealed nothing."""
-        return next((seal for seal in reversed(self._seen) if seal.agent == agent and seal.kind in _OUTPUTS), None)
+        return next((seal for seal in reversed(self._seen) if seal.agent == agent and seal.kind in OUTPUTS), None)
 
     def entry_of(self, seal: Seal) -> Seal | None:
         """The entry seal that a seal descends from; None for what has no entry above it."""
@@ -239,7 +237,7 @@ class Attempt:
         seal = self._log.append(self.workflow_id, self._seen, make, self._table)
         self._table = None  # it has moved
         self._seen = self._log.seals(self.workflow_id) if reused or seal.version != len(self._seen) else [*self._seen, seal]
-        own = [s for s in self._seen if s.agent == agent and s.kind in _OUTPUTS]
+        own = [s for s in self._seen if s.agent == agent and s.kind in OUTPUTS]
         projection.add(own, schema)
         if any(s.quarantine_path for s in own):
             Projection(self._objects, f"{table}{QUARANTINE_SUFFIX}").add(own, QUARANTINE_SCHEMA)
@@ -254,7 +252,7 @@ class Attempt:
         return None
 
     def _is_own(self, seal: Seal, agent: str) -> bool:
-        return seal.agent == agent and seal.kind in _OUTPUTS and seal.attempt == self.id and seal.run_id in self._lineage
+        return seal.agent == agent and seal.kind in OUTPUTS and seal.attempt == self.id and seal.run_id in self._lineage
 
     def _refuse_if_lost(self, agent: str, since: Sequence[Seal]) -> None:
         for seal in since:
@@ -265,7 +263,7 @@ class Attempt:
                     workflow=self.workflow_id,
                     fix="start a new run; nothing of this one was sealed after the fence",
                 )
-            if seal.agent == agent and seal.kind in _OUTPUTS:
+            if seal.agent == agent and seal.kind in OUTPUTS:
                 raise StaleStateError(
                     f"Run {seal.run_id} sealed version {seal.version} of it while this step ran",
                     agent=agent,
@@ -318,7 +316,7 @@ def effective(seals: Sequence[P]) -> dict[str, P]:
     completed: set[tuple[str, tuple[str, ...]]] = set()
     state: dict[str, P] = {}
     for seal in seals:
-        if seal.attempt in fenced or seal.kind not in _OUTPUTS:
+        if seal.attempt in fenced or seal.kind not in OUTPUTS:
             continue
         attempt = sealed.setdefault(seal.attempt, {})
         attempt[seal.agent] = seal
@@ -335,7 +333,7 @@ def is_completed(seals: Sequence[Seal], attempt: str) -> bool:
     own = [seal for seal in seals if seal.attempt == attempt]
     if any(seal.kind == "fence" for seal in own):
         return False
-    sealed = {seal.agent for seal in own if seal.kind in _OUTPUTS}
+    sealed = {seal.agent for seal in own if seal.kind in OUTPUTS}
     return bool(sealed) and sealed >= set(own[0].plan)
 
 

@@ -20,7 +20,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import MaoError, StoreError, TamperedError
 from dagster_mao.state.objects import Objects, reaching
-from dagster_mao.state.seal import Seal
+from dagster_mao.state.seal import OUTPUTS, Seal
 from dagster_mao.state.tables import open_table
 
 _PATH = "state_log"
@@ -191,6 +191,21 @@ class StateLog:
             return self._again(read)
         # To compare with many names costs more while the rows are read.
         return self._again(read).filter(pl.col("workflow_id").is_in(sorted(workflows)))
+
+    def completed(self, pipeline: str, workflows: Collection[str]) -> set[tuple[str, str]]:
+        """Workflow and attempt, of those attempts at these workflows that `is_completed` says it of, in one read."""
+        columns = ("workflow_id", "version", "kind", "agent", "attempt", "plan")
+
+        def read() -> pl.DataFrame:
+            rows = self._files(self.open(), workflows).filter(_within(workflows), pl.col("pipeline") == pipeline)
+            return rows.select(columns).collect()
+
+        rows = self._again(read).filter(pl.col("workflow_id").is_in(sorted(workflows))).unique(["workflow_id", "version"]).sort("version")
+        of_attempt = rows.group_by("workflow_id", "attempt", maintain_order=True).agg(
+            pl.col("plan").first(), (pl.col("kind") == "fence").any().alias("fenced"), pl.col("agent").filter(pl.col("kind").is_in(OUTPUTS))
+        )
+        found = of_attempt.filter(~pl.col("fenced")).select("workflow_id", "attempt", "plan", "agent").iter_rows()
+        return {(workflow, attempt) for workflow, attempt, plan, sealed in found if sealed and set(sealed) >= set(plan)}
 
     def brief_since(self, pipeline: str, cursor: str) -> tuple[pl.DataFrame, str]:
         """The columns `BRIEF` of a pipeline's rows since the cursor, and the cursor of now."""

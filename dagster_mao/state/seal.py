@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 Kind = Literal["entry", "output", "fence", "compensated", "disposition", "disclosure"]
+OUTPUTS = ("entry", "output")
+"""The kinds of seal that hold an agent's rows."""
 QUARANTINE_SUFFIX = "_quarantine"  # of the table, and of the asset, beside the agent's own
 DEFERRED_SUFFIX = "_deferred"
 

@@ -88,6 +88,11 @@ class StateStore:
         """The seals of a pipeline, all or those of some workflows, in no order. Columns: `BRIEF`. Raises `StoreError`."""
         return self._log.brief(pipeline, None if workflows is None else frozenset(workflows))
 
+    def completed(self, pipeline: str, workflows: Iterable[str]) -> set[tuple[str, str]]:
+        """Workflow and attempt, of the attempts at these workflows that have completed, in one read. Raises `StoreError`."""
+        wanted = frozenset(workflows)
+        return self._log.completed(pipeline, wanted) if wanted else set()
+
     def workflows(self, pipeline: str | None = None) -> list[str]:
         """Ids of the workflows that have been sealed, sorted."""
         rows = self.log()

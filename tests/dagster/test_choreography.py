@@ -56,7 +56,7 @@ def test_each_agent_has_a_job_and_a_sensor_that_runs_from_the_start_and_the_pipe
 def test_the_same_agents_in_orchestration_have_neither(tmp_path: Path, instance: dg.DagsterInstance) -> None:
     theatre = Theatre(tmp_path, instance, loans("orchestration"))
     assert not theatre.defs.sensors
-    assert [job.name for job in theatre.defs.jobs or ()] == ["loans_job"]
+    assert [job.name for job in theatre.defs.jobs or ()] == ["loans_job", "loans_audit"]
 
 
 @pytest.mark.parametrize("mode", ["orchestration", "choreography", "hybrid"])
@@ -319,7 +319,7 @@ def test_tags_of_awkward_workflows_are_tags_that_dagster_takes() -> None:
 
 def test_a_team_that_listens_has_no_entry_and_no_job_of_it(tmp_path: Path, instance: dg.DagsterInstance) -> None:
     defs = Theatre(tmp_path, instance, elsewhere()).defs
-    assert [job.name for job in defs.jobs or ()] == ["loans__notify_job"]
+    assert [job.name for job in defs.jobs or ()] == ["loans__notify_job", "loans_audit"]
     assert defs.schedules == [] or not defs.schedules
     (asset,) = defs.assets or ()
     assert asset.asset_deps[dg.AssetKey(["loans", "notify"])] == {dg.AssetKey(["loans", "approval"])}  # type: ignore[union-attr]

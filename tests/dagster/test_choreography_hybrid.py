@@ -9,7 +9,9 @@ import dagster as dg
 import pytest
 
 import dagster_mao as mao
-from tests.choreography.loans import Application, Decision, Ledger, applications
+from dagster_mao.choreography import enter
+from dagster_mao.state.log import StateLog
+from tests.choreography.loans import Application, Decision, Ledger, applications, batch
 from tests.dagster.theatre import EAGER, Theatre
 from tests.journal.bank import FencingBank
 
@@ -94,3 +96,34 @@ def test_the_entry_s_run_begins_an_attempt_of_all_agents(theatre: Theatre) -> No
 def test_side_effects_in_plain_choreography_are_an_error_at_load() -> None:
     with pytest.raises(mao.WiringError, match="side effects"):
         mao.Pipeline("loans", entry=applications, agents=[Inquiry, approval], mode="choreography")
+
+
+def test_an_attempt_whose_own_run_was_killed_is_found_though_nobody_asked(theatre: Theatre) -> None:
+    root = theatre.instance.create_run_for_job(theatre.defs.resolve_job_def("loans_job"), status=dg.DagsterRunStatus.FAILURE)
+    enter(theatre.store, theatre.pipeline, batch(100.0), workflow="w1", run_id=root.run_id)
+    theatre.arrive("w2", amounts=[100.0])
+    for request in theatre.tick("inquiry"):
+        assert theatre.launch(request).success
+    (done,) = compensate(theatre)
+    assert done.success
+    assert standing(theatre) == {("inquiry", "A0"): 1}, "the other goes on"
+
+
+def test_attempts_that_go_on_are_asked_about_together_and_not_one_by_one(theatre: Theatre, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be thousands, at each tick, of which nothing is to be said."""
+    asked = list[str]()
+    for owner, name in ((StateLog, "open"), (dg.DagsterInstance, "get_runs"), (dg.DagsterInstance, "get_run_records")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, _of=original, _name=name, **named: asked.append(_name) or _of(*given, **named))
+
+    def counts(workflows: int) -> list[str]:
+        theatre.arrive(*(f"{workflows}-{number}" for number in range(workflows)), amounts=[100.0])
+        for request in theatre.tick("inquiry"):
+            assert theatre.launch(request).success
+        asked.clear()
+        assert theatre.tick("loans_compensation") == []
+        return list(asked)
+
+    few = counts(1)
+    assert counts(8) == few
+    assert "9 attempts: its agents are at work" in str(theatre.reasons["loans_compensation"])

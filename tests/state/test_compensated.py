@@ -6,7 +6,7 @@ import pytest
 from scenario import AWKWARD_KEY, PLAN, complete, join, seal
 
 from dagster_mao.errors import FencedError
-from dagster_mao.state import StateStore
+from dagster_mao.state import StateStore, is_completed
 from dagster_mao.state.verify import verify
 
 WORKFLOW = f"credit/{AWKWARD_KEY}"
@@ -59,3 +59,18 @@ def test_an_attempt_that_sealed_nothing_is_fenced_by_version_0(local_store: Stat
     again = complete(local_store, "run-2", key=AWKWARD_KEY)
     assert [(s.version, s.epoch) for s in again] == [(2, 1), (3, 1), (4, 1)]
     assert local_store.effective(WORKFLOW) == {s.agent: s for s in again}
+
+
+def test_which_attempts_at_many_workflows_have_completed_one_read_says_as_their_seals_do(store: StateStore) -> None:
+    complete(store, "run-1", key=AWKWARD_KEY)
+    seal(store, join(store, "run-2", key=AWKWARD_KEY), PLAN[0], 7.0)
+    complete(store, "run-3", key="other")
+    complete(store, "run-4", key="other", points=4.0)
+    store.fence("credit/other", attempt="run-3", run_id="an operator")
+    compensate(store, "run-2")
+    workflows = {WORKFLOW, "credit/other", "credit/nobody's"}
+    found = store.completed("credit", workflows)
+    assert found == {(WORKFLOW, "run-1"), ("credit/other", "run-4")}
+    told = {(name, seal.attempt) for name in workflows for seal in store.seals(name)}
+    assert found == {(name, attempt) for name, attempt in told if is_completed(store.seals(name), attempt)}
+    assert store.completed("another", workflows) == set()
