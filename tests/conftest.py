@@ -35,9 +35,9 @@ def s3() -> Iterator[dict[str, str]]:
     server.stop()
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.long)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> StateStore:
-    """An empty store, once on a local folder and once on S3."""
+    """An empty store: on a local folder, and, where tests are exhaustive or stand for others (`tests.stores`), on S3 too."""
     if request.param == "local":
         return StateStore(tmp_path / "state")
     return StateStore(f"s3://states/{uuid.uuid4().hex}", request.getfixturevalue("s3"))

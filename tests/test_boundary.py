@@ -17,6 +17,7 @@ from dagster_mao.boundary import check_names, run_agent
 from dagster_mao.errors import AgentCallError, AgentFailedError, BatchRefusedError, IncompatibleContractError, TamperedError
 from dagster_mao.run import run
 from dagster_mao.state import StateStore
+from tests.stores import on_every_store
 
 SECRET = "Zaphod-Beeblebrox"  # stands in every personal field, and must stand nowhere else
 
@@ -96,6 +97,7 @@ def refused(store: StateStore, pipeline: mao.Pipeline, records: Any = None) -> d
     return {reason["rule"]: reason for check in failed for reason in check.metadata["reasons"]}
 
 
+@on_every_store
 def test_a_pipeline_runs_in_plain_python_and_seals_entry_and_outputs(store: StateStore) -> None:
     result = run(CREDIT, store=store, workflow="day")
     assert result["decision"]["approved"].to_list() == [False, True, True]

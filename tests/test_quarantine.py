@@ -17,6 +17,7 @@ from dagster_mao.errors import BatchRefusedError, TamperedError, UnknownVersionE
 from dagster_mao.run import run
 from dagster_mao.state import DISPOSITION_SCHEMA, StateStore
 from dagster_mao.state.verify import verify
+from tests.stores import on_every_store
 
 SECRET = "Zaphod-Beeblebrox"
 ANY = mao.Quarantine(max_share=1)
@@ -326,6 +327,7 @@ def decision(version: int, *records: str, verdict: str = "discarded") -> pl.Data
     return pl.DataFrame([{**row, "record": record} for record in records], schema=DISPOSITION_SCHEMA)
 
 
+@on_every_store
 def test_a_decision_on_a_quarantined_record_is_a_version_of_the_workflow(store: StateStore) -> None:
     result = run(CREDIT, batch(1, -1, -2), store=store, workflow="day")
     seal = store.dispose("credit/day", decision(0, "1"))

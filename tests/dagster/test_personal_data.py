@@ -106,48 +106,48 @@ def greets(lenient: Person) -> Greeting:
     return Greeting(person_id=lenient.person_id, text=lenient.name, amount=lenient.amount)
 
 
-@mao.agent(name="greets")
+@mao.agent
 def raises(lenient: Person) -> Greeting:
     raise ValueError(f"cannot greet {lenient.name}, born {lenient.born}")
 
 
-@mao.agent(name="greets")
+@mao.agent
 async def raises_later(lenient: Person) -> Greeting:
     raise KeyError(lenient.person_id)
 
 
-@mao.agent(name="greets")
+@mao.agent
 def builds_wrongly(lenient: Person) -> Greeting:
     return Greeting.model_validate({"person_id": lenient.person_id, "text": [lenient.name], "amount": lenient.salary})
 
 
-@mao.agent(name="greets")
+@mao.agent
 def casts(lenient: mao.LazyFrame[Person]) -> mao.LazyFrame[Greeting]:
     return lenient.select("person_id", text="name", amount=pl.col("name").cast(pl.Float64))
 
 
-@mao.agent(name="greets")
+@mao.agent
 def too_long(lenient: mao.LazyFrame[Person]) -> mao.LazyFrame[Greeting]:
     return lenient.select("person_id", text=pl.col("name").repeat_by(9).list.join(""), amount=pl.lit(1000.0))
 
 
-@mao.agent(name="greets")
+@mao.agent
 def renames(lenient: mao.DataFrame[Person]) -> mao.DataFrame[Greeting]:
     return lenient.select(person_id=pl.col("name") + pl.col("person_id"), text="name", amount="amount")
 
 
-@mao.agent(name="greets")
+@mao.agent
 def returns_a_dict(lenient: Person) -> Greeting:
     return {"person_id": lenient.person_id, "text": lenient.name}  # type: ignore[return-value]
 
 
-@mao.agent(name="greets", expectations=[{"type": "expect_column_values_to_be_in_set", "kwargs": {"column": "text", "value_set": ["x"]}}])
+@mao.agent(expectations=[{"type": "expect_column_values_to_be_in_set", "kwargs": {"column": "text", "value_set": ["x"]}}])
 def unexpected(lenient: mao.LazyFrame[Person]) -> mao.LazyFrame[Greeting]:
     return lenient.select("person_id", text="name", amount="amount")
 
 
 TROUBLES = [(good, a) for a in (raises, raises_later, builds_wrongly, casts, too_long, renames, returns_a_dict, unexpected)]
-PIPELINES = [(lenient, greets), (good, greets), (strict, greets), *TROUBLES]
+PIPELINES = [(lenient, [greets]), (good, [greets]), (strict, [greets]), (good, [a for _, a in TROUBLES])]
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +161,12 @@ def written(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     logs = _Lines()
     logging.getLogger().addHandler(logs)
     with dg.DagsterInstance.local_temp(str(home)) as instance:
-        for number, (entry, greeter) in enumerate(PIPELINES):
-            pipeline = mao.Pipeline(f"people_{number}", entry=entry, agents=[greeter])
+        for number, (entry, greeters) in enumerate(PIPELINES):
+            pipeline = mao.Pipeline(f"people_{number}", entry=entry, agents=greeters)
             defs = pipeline.build_definitions(resources={"state_store": StateStoreResource(root=str(home.parent / "personal-state"))})
-            defs.resolve_job_def(f"people_{number}_job").execute_in_process(instance=instance, raise_on_error=False)
+            result = defs.resolve_job_def(f"people_{number}_job").execute_in_process(instance=instance, raise_on_error=False)
+    failed = {event.step_key for event in result.all_events if event.is_step_failure}
+    assert failed == {f"people_3__{agent.name}" for _, agent in TROUBLES}, "each of them did what it should not"
     logging.getLogger().removeHandler(logs)
     texts = {str(file): file.read_bytes().decode(errors="replace") for file in home.rglob("*") if file.is_file()}
     return {**texts, "log lines": "\n".join(logs.lines), **_commands(str(home.parent / "personal-state"))}

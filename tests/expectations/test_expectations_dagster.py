@@ -15,6 +15,7 @@ from dagster_mao.dagster import PolicyOverrides, StateIOManager, StateStoreResou
 from dagster_mao.dagster.assets import build_assets
 from dagster_mao.errors import BatchRefusedError, TamperedError
 from dagster_mao.run import run
+from tests.stores import on_every_store
 
 SECRET = "Zaphod-Beeblebrox"
 SHARE, ROWS, DRIFT, NAMES = (
@@ -219,6 +220,7 @@ def test_a_suite_that_gx_does_not_take_stops_the_step_before_the_agent_is_called
     assert calls == []
 
 
+@on_every_store
 def test_the_report_lies_in_an_object_store_too(store):
     checks = {check.name: check for check in run(pipeline(), decided(6, 4), store=store).checks["decisions"]}
     path = checks[SHARE].metadata["report"]

@@ -9,6 +9,7 @@ from scenario import AWKWARD_KEY, PROVENANCE, complete, join, rows, seal
 
 from dagster_mao.errors import FencedError, IncompatibleContractError, PinError, StaleStateError, TamperedError
 from dagster_mao.state import StateStore, staged
+from tests.stores import on_every_store
 
 
 def test_versions_are_gapless_chained_and_in_seal_order_over_agents_and_attempts(store: StateStore) -> None:
@@ -26,6 +27,7 @@ def test_a_row_survives_the_log_as_it_was_signed(store: StateStore) -> None:
     assert store.seal_at("credit/day", sealed.version) == sealed
 
 
+@on_every_store
 def test_what_was_sealed_is_what_is_read(store: StateStore) -> None:
     entry, *_ = complete(store, "run-1", points=2.5)
     assert store.read(entry).collect().equals(rows(2.5))
@@ -42,6 +44,7 @@ def test_the_naive_read_max_then_append_doubles_a_version(tmp_path) -> None:
     assert pl.scan_delta(path).collect()["version"].sort().to_list() == [0, 1, 1]
 
 
+@on_every_store
 def test_of_two_runs_sealing_the_same_agent_one_wins_and_nothing_of_the_other_is_visible(store: StateStore) -> None:
     entry = seal(store, join(store, "run-1"), "applications")
     one, other = join(store, "run-1"), join(store, "run-2")
@@ -144,6 +147,7 @@ def test_a_missing_upstream_says_what_to_materialise(store: StateStore) -> None:
         join(store, "run-2").pin("score")
 
 
+@on_every_store
 def test_a_fence_ends_the_attempt_and_everything_that_pinned_before_it(store: StateStore) -> None:
     before = complete(store, "run-1")
     complete(store, "run-2")

@@ -20,6 +20,7 @@ from dagster_mao.errors import StoreError
 from dagster_mao.state import CALLS_SCHEMA, CallSummary, StateStore
 from dagster_mao.state.calls import CallsTable
 from dagster_mao.state.verify import verify
+from tests.stores import on_every_store
 
 START = dt.datetime(2026, 1, 1, 12, tzinfo=dt.timezone.utc)
 
@@ -44,6 +45,7 @@ def delta(store: StateStore) -> pl.LazyFrame:
     return pl.scan_delta(store.objects.url("tables/credit/score_calls"), storage_options=store.objects.storage_options or None)
 
 
+@on_every_store
 def test_any_delta_reader_sees_the_calls_of_all_workflows(store: StateStore) -> None:
     one, other = calls("answered", "failed"), calls("refused", run="run-2", workflow=f"credit/{AWKWARD_KEY}")
     assert store.add_calls("credit", "score", one)
@@ -136,6 +138,7 @@ def test_the_calls_are_no_finding_of_verify(local_store: StateStore) -> None:
 _WRITER = """
 import sys
 from dagster_mao.state import StateStore
+from tests.stores import on_every_store
 from tests.state.test_calls import calls
 store, name, count = StateStore(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 for n in range(count):

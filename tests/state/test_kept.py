@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from dagster_mao.state import KeptFile, KeptFrames, StateStore, staged
+from tests.stores import on_every_store
 
 FRAME = pl.DataFrame({"id": ["a", "é"], "points": [0.5, float("nan")]})
 
@@ -16,6 +17,7 @@ def kept(store: StateStore, name: str = "one") -> tuple[KeptFrames, KeptFile]:
         return frames, frames.keep(name, batch)
 
 
+@on_every_store
 def test_what_was_kept_is_read(store: StateStore) -> None:
     frames, file = kept(store)
     found = frames.read(KeptFile.model_validate_json(file.model_dump_json()))
@@ -45,6 +47,7 @@ def test_a_large_file_is_read_in_place_and_compared_all_the_same(local_store: St
     assert frames.read(file) is None
 
 
+@on_every_store
 def test_old_frames_are_removed_and_those_of_others_are_not(store: StateStore) -> None:
     frames, file = kept(store)
     with staged(store.objects, FRAME) as batch:

@@ -19,6 +19,7 @@ from dagster_mao.errors import PinError, StoreError, TamperedError, UnknownVersi
 from dagster_mao.state import StateStore
 from dagster_mao.state.log import SCHEMA, StateLog, _crowded_tier
 from dagster_mao.state.objects import Objects, safe_name
+from tests.stores import on_every_store
 
 
 def test_reading_an_empty_store_creates_nothing(tmp_path: Path) -> None:
@@ -291,6 +292,7 @@ def test_what_a_killed_step_left_in_staging_is_removed_after_a_week(local_store:
     assert {folder.name for folder in staging.iterdir()} == {"young"}
 
 
+@on_every_store
 def test_put_if_absent_has_one_winner(store: StateStore) -> None:
     assert store.objects.put_if_absent("attempts/one.json", b"first")
     assert not store.objects.put_if_absent("attempts/one.json", b"second")

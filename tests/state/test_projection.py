@@ -13,6 +13,7 @@ from scenario import AWKWARD_KEY, PROVENANCE, complete, join, rows, seal
 from dagster_mao.errors import StoreError
 from dagster_mao.state import StateStore, staged
 from dagster_mao.state.projection import Projection
+from tests.stores import on_every_store
 
 
 def test_a_delta_reader_sees_workflow_and_version_beside_the_rows(store: StateStore) -> None:
@@ -25,6 +26,7 @@ def test_a_delta_reader_sees_workflow_and_version_beside_the_rows(store: StateSt
     ]
 
 
+@on_every_store
 def test_a_table_left_behind_by_a_crash_is_completed_by_the_next_seal(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as crash:
         crash.setattr(Projection, "add", lambda *_: None)
