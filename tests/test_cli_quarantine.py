@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,8 +77,34 @@ other = mao.Pipeline("other", entry=applications)
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def project(tmp_path: Path) -> Iterator[Path]:
     """A project that names its pipeline and its root, as the working directory; 80 columns."""
+    with working_in(tmp_path) as project:
+        yield project
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which a good and a bad application were sealed, to be copied."""
+    with working_in(tmp_path_factory.mktemp("sealed")) as project:
+        seal(project, 7, -1)
+    return project
+
+
+@pytest.fixture
+def copied(sealed: Path, project: Path) -> Path:
+    """The same project, as if the test had sealed it."""
+    shutil.copytree(sealed / "state", project / "state")
+    return project
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield from _project(folder, monkeypatch)
+
+
+def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("DAGSTER_MAO_ROOT", "DAGSTER_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
@@ -228,10 +256,9 @@ def test_discard(project: Path) -> None:
         (["--record", "0", "--why", "x"], 1),
     ],
 )
-def test_discard_takes_no_less_and_no_more(project: Path, arguments: list[str], code: int) -> None:
-    store = seal(project, 7, -1)
+def test_discard_takes_no_less_and_no_more(copied: Path, arguments: list[str], code: int) -> None:
     call("discard", f"{DAY}@0", *arguments, code=code)
-    assert len(store.seals(DAY)) == 3
+    assert len(mao.StateStore(copied / "state").seals(DAY)) == 3
 
 
 def test_a_superseded_version_is_not_decided_on(project: Path) -> None:
@@ -296,16 +323,14 @@ def test_resubmit_from_a_file(project: Path, name: str) -> None:
         ("a.csv", "application_id,amount\n1,much\n", "amount: int_parsing"),
     ],
 )
-def test_bad_corrections_are_refused_and_nothing_is_sealed(project: Path, name: str, text: str, told: str) -> None:
-    store = seal(project, 7, -1)
-    (project / name).write_text(text)
+def test_bad_corrections_are_refused_and_nothing_is_sealed(copied: Path, name: str, text: str, told: str) -> None:
+    (copied / name).write_text(text)
     assert told in call("resubmit", f"{DAY}@0", "--from", name, code=1).stderr
-    assert len(store.seals(DAY)) == 3
+    assert len(mao.StateStore(copied / "state").seals(DAY)) == 3
 
 
-def test_files_that_are_none(project: Path) -> None:
-    seal(project, 7, -1)
-    (project / "latin.csv").write_bytes("application_id,purpose\n1,Möbel\n".encode("latin-1"))
+def test_files_that_are_none(copied: Path) -> None:
+    (copied / "latin.csv").write_bytes("application_id,purpose\n1,Möbel\n".encode("latin-1"))
     assert "is not UTF-8" in call("resubmit", f"{DAY}@0", "--from", "latin.csv", code=1).stderr
     assert "cannot be read" in call("resubmit", f"{DAY}@0", "--from", "absent.csv", code=1).stderr
     call("resubmit", f"{DAY}@0", "--from", "records.xlsx", code=2)
@@ -323,15 +348,13 @@ def test_files_that_are_none(project: Path) -> None:
         ("loans_of_quarantine", 2, "module:attribute"),
     ],
 )
-def test_a_pipeline_that_cannot_be_had(project: Path, place: str, code: int, told: str) -> None:
-    seal(project, 7, -1)
+def test_a_pipeline_that_cannot_be_had(copied: Path, place: str, code: int, told: str) -> None:
     said = call("resubmit", f"{DAY}@0", "--record", "1", "--set", "amount=1", "--pipeline", place, code=code).stderr
     assert told in " ".join(said.replace("│", "").split())
 
 
-def test_a_project_that_names_no_pipeline(project: Path) -> None:
-    seal(project, 7, -1)
-    (project / "pyproject.toml").write_text('[tool.dagster-mao]\nroot = "state"\n')
+def test_a_project_that_names_no_pipeline(copied: Path) -> None:
+    (copied / "pyproject.toml").write_text('[tool.dagster-mao]\nroot = "state"\n')
     said = call("resubmit", f"{DAY}@0", "--record", "1", "--set", "amount=1", code=1).stderr
     assert "--pipeline module:attribute" in said
 
