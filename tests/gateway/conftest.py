@@ -29,13 +29,18 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture
 def postgres_url(postgres: str) -> str:
-    """URL of an empty database of its own. It is left behind: the server goes with the session."""
+    """URL of an empty schema of its own."""
+    return new_schema(postgres)
+
+
+def new_schema(server: str) -> str:
+    """URL of an empty schema: as good as a database, whose hundreds of files take long to make, and to remove at the session's end."""
     import psycopg
 
     name = f"t{uuid.uuid4().hex}"
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return postgres.replace("/postgres?", f"/{name}?")
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {name}")
+    return f"{server}&options=-csearch_path%3D{name}"
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

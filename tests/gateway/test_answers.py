@@ -391,16 +391,16 @@ def test_a_slow_agents_answers_are_flushed_at_once(shared: SharedStore, durable:
             assert len(durable) == n + 1
 
 
-_HANG_UP = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"""
+_HANG_UP = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND application_name = 'hung up'"""
 
 
 def test_a_lost_connection_is_made_anew(postgres_url: str) -> None:
-    shared = SharedStore(postgres_url)
+    shared = SharedStore(f"{postgres_url}&application_name=hung%20up")
     with answers(shared) as kept:
         kept.keep(key(1), None, b"", told())
         kept.keep(key(2), None, b"", told())
         with SharedStore(postgres_url).transaction() as connection:
-            connection.exec_driver_sql(_HANG_UP)
+            assert connection.exec_driver_sql(_HANG_UP).all(), "there was a connection to lose"
         kept.keep(key(3), None, b"", told())
         kept.keep(key(4), None, b"", told())
     with answers(shared) as again:

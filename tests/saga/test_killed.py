@@ -5,7 +5,6 @@ Points lie before and after each commit to the database, each seal, each effect 
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from dagster_mao.journal import Effect
 from dagster_mao.journal._pages import DONE, Entry, Slot
 from dagster_mao.saga import Saga, unfinished
+from tests.gateway.conftest import new_schema
 from tests.journal.bank import Bank, FencingBank
 from tests.journal.killing import killed_at
 from tests.journal.world import DAY, EFFECTS, PIPELINE, Act, World, act_of, expected
@@ -38,19 +38,10 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Fresh:
         folder = tmp_path / str(len(made))
         folder.mkdir()
         bank = (Bank, FencingBank)[len(made) % 2](folder / "bank.db")
-        made.append(World(folder / "state", bank, str(folder / "shared.db") if postgres is None else new_database(postgres)))
+        made.append(World(folder / "state", bank, str(folder / "shared.db") if postgres is None else new_schema(postgres)))
         return made[-1]
 
     return make
-
-
-def new_database(server: str) -> str:
-    import psycopg
-
-    name = f"t{uuid.uuid4().hex}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return server.replace("/postgres?", f"/{name}?")
 
 
 def run(world: World, attempt: str, wrapped: Callable[[Act], Act] | None = None) -> None:
