@@ -92,6 +92,10 @@ class PinError(MaoError):
     """What an agent needs cannot be pinned: nothing sealed upstream, or parents that descend from different entries."""
 
 
+class ReaderRefusedError(MaoError):
+    """Who reads is not among the readers that the agent named when it sealed."""
+
+
 class StaleStateError(MaoError):
     """Another run sealed the same agent of the same workflow after this step pinned. Nothing of this step is visible."""
 

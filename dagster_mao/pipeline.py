@@ -126,6 +126,7 @@ class Pipeline:
         self._check_sources()
         self.agents: dict[str, Agent] = {a: self._declared[a] for a in self._sorted() if a not in self._listened}
         for reader in self.agents.values():
+            self._check_readers(reader)
             self._check_contracts(reader)
             self._check_keys(reader)
         self._check_policies()
@@ -326,6 +327,14 @@ class Pipeline:
         parameter = next(i.parameter for i in self._declared[reader].inputs if i.upstream == upstream)
         fix = f"let one of them read something further up, for example `{self._first}`"
         self._wrong(f"its agents read each other in a cycle: {' -> '.join(cycle)}", reader, parameter, fix)
+
+    def _check_readers(self, reader: Agent) -> None:
+        for read in reader.inputs:
+            readers = self._declared[read.upstream].readers
+            if readers is not None and reader.name not in readers:
+                allowed = ", ".join(readers) or "nobody"
+                what = f"agent {reader.name!r} reads {read.upstream!r}, which is for {allowed}"
+                self._wrong(what, reader.name, read.parameter, f"name it in the `readers` of {read.upstream!r}, or do not read it")
 
     def _check_contracts(self, reader: Agent) -> None:
         for read in reader.inputs:

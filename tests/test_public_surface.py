@@ -62,6 +62,7 @@ ERRORS = {
     "PartitionsFailedError",
     "PinError",
     "RateLimitError",
+    "ReaderRefusedError",
     "StaleStateError",
     "StoreError",
     "TamperedError",

@@ -10,6 +10,7 @@ from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, S
 from dagster_mao.agent._effects import EffectKind, NoEffects, Undo, call_compensate, check_pivots, is_async_undo
 from dagster_mao.agent._fallback import Fallback, check_policy
 from dagster_mao.agent._guard import current
+from dagster_mao.agent._registration import registration
 
 __all__ = [
     "NAME",
@@ -31,4 +32,5 @@ __all__ = [
     "check_policy",
     "current",
     "is_async_undo",
+    "registration",
 ]

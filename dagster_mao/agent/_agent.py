@@ -53,7 +53,8 @@ class Agent:
     (parameter -> upstream name, where they differ), `concurrency` (record-wise calls in flight: 16 of an async agent by default; a sync one
     is called in place, with more than 1 in that many threads), `code_files` (files and directories beside the module that the agent's
     behaviour depends on), `quarantine` (a `Quarantine`: bad records are set aside; without one, one bad record fails the batch), `policy`
-    (a `Policy`: how its calls are made), `micro_batch` (a `MicroBatch`: how many workflows one run takes in choreography) and
+    (a `Policy`: how its calls are made), `readers` (who may read what it seals: names of agents, keys of assets as "a/b"; else anybody),
+    `micro_batch` (a `MicroBatch`: how many workflows one run takes in choreography) and
     `expectations` (about the batch as a whole: a list of Great Expectations' expectations or dicts, an `ExpectationSuite`, the path of a
     suite file, which counts as a code file, or `Expectations` of these).
 
@@ -79,6 +80,7 @@ class Agent:
     compensate: Any = None
     undo_policy: Policy | None = None
     irreversible_because: str | None = None
+    readers: Sequence[str] | None = None
 
     _namespace: ClassVar[Mapping[str, Any]] = {}
 
@@ -430,7 +432,7 @@ class Agent:
                 "name",
                 f"use small letters, digits and _: {_snake_case(self.name) or 'my_agent'!r}",
             )
-        for attribute in ("owners", "kinds", "code_files"):
+        for attribute in ("owners", "kinds", "code_files", "readers"):
             value = getattr(self, attribute)
             if isinstance(value, (str, Path)):
                 self._wrong(f"`{attribute}` is one string", attribute, f"{attribute}=[{str(value)!r}]")
@@ -577,6 +579,7 @@ def agent(
     compensate: Callable[..., Any] | None = ...,
     undo_policy: Policy | None = ...,
     irreversible_because: str | None = ...,
+    readers: Sequence[str] | None = ...,
 ) -> Callable[[Callable[P, R]], FunctionAgent[P, R]]: ...
 
 
@@ -603,6 +606,7 @@ def agent(
     compensate: Callable[..., Any] | None = None,
     undo_policy: Policy | None = None,
     irreversible_because: str | None = None,
+    readers: Sequence[str] | None = None,
 ) -> FunctionAgent[P, R] | Callable[[Callable[P, R]], FunctionAgent[P, R]]:
     """Make an agent of a function: `@agent`, or `@agent(name=..., owners=[...])`. The options are the attributes of `Agent`.
 
@@ -628,6 +632,7 @@ def agent(
         "compensate": compensate,
         "undo_policy": undo_policy,
         "irreversible_because": irreversible_because,
+        "readers": readers,
     }
     caller = sys._getframe(1)
 

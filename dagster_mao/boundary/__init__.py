@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from dagster_mao.agent import Agent, AgentContext, NoEffects, Shape, check_policy
+from dagster_mao.agent import Agent, AgentContext, NoEffects, Shape, check_policy, registration
 from dagster_mao.boundary._call import Calls, RecordCalls, WholeCall
 from dagster_mao.boundary._checks import BREAKER, OUTPUT, PINNED_BASE, Check, check_names, input_check
 from dagster_mao.boundary._effects import journaled
@@ -104,6 +104,8 @@ def run_agent(
                 "agent_version": agent.agent_version,
                 "config": config_digest,
                 "model": agent.model,
+                "registration": store.register(attempt.pipeline, agent.name, registration(agent)),
+                "readers": None if agent.readers is None else tuple(agent.readers),
                 "seed": context.seed,
                 "started": started,
             }

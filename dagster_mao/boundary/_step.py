@@ -36,7 +36,7 @@ from dagster_mao.errors import (
     TamperedError,
 )
 from dagster_mao.gateway import Policy
-from dagster_mao.state import Attempt, CallSummary, Provenance, Seal, Staged, StateStore, staged
+from dagster_mao.state import Attempt, CallSummary, Provenance, Seal, Staged, StateStore, refuse_reader, staged
 
 _SAMPLES = 5
 _LIBRARY_VERSION = version("dagster-mao")
@@ -126,6 +126,8 @@ class Step:
     def pin(self) -> list[Seal]:
         """The versions that it may read, one per input."""
         pinned = [self._attempt.pin(i.upstream) for i in self._agent.inputs]
+        for seal in pinned:
+            refuse_reader(seal, self._agent.name)
         self._attempt.require_one_entry(self._agent.name, pinned)
         self.deferrals.carry(self._store, pinned)
         told = ", ".join(f"{seal.agent}@{seal.version}" for seal in pinned) or "nothing: it is the entry"

@@ -5,6 +5,7 @@ usage.
 """
 
 from dagster_mao.cli import (  # each registers its commands
+    agents,
     audit,
     bisect,
     breakers,
@@ -19,4 +20,4 @@ from dagster_mao.cli import (  # each registers its commands
 )
 from dagster_mao.cli._app import app
 
-__all__ = ["app", "audit", "bisect", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "replay", "step", "verify"]
+__all__ = ["agents", "app", "audit", "bisect", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "replay", "step", "verify"]

@@ -17,7 +17,7 @@ from dagster_mao.dagster.runs import open_attempt, tagged_workflow
 from dagster_mao.errors import PinError, UnknownVersionError, WiringError
 from dagster_mao.review import as_of, resolve, sealed
 from dagster_mao.review.history import chosen
-from dagster_mao.state import Attempt, Seal, StateStore, effective, is_moment, moment, require_one_entry
+from dagster_mao.state import Attempt, Seal, StateStore, effective, is_moment, moment, refuse_reader, require_one_entry
 
 AS_OF = "mao/as_of"
 """Of an input's metadata, or as a tag of a run: the moment, or the version, that is read instead of what is effective."""
@@ -63,9 +63,12 @@ class StateIOManager(dg.ConfigurableIOManager):
         if said := str(of_input or run.tags.get(AS_OF) or self.as_of):
             key = partition_key if partition_key is not None else tagged_workflow(run.tags, pipeline)
             together = [] if of_input else _agents_read(context, pipeline)
-            return _then(self.state_store.store(), said, pipeline, key, agent, together, context.step_context.node_handle.name)
+            then = _then(self.state_store.store(), said, pipeline, key, agent, together, context.step_context.node_handle.name)
+            refuse_reader(then, *_names(context))
+            return then
         attempt = open_attempt(self.state_store.store(), context.instance, run, pipeline=pipeline, partition_key=partition_key)
         pinned = attempt.pin(agent)
+        refuse_reader(pinned, *_names(context))
         others = [other for other in _agents_read(context, pipeline) if other != agent]
         attempt.require_one_entry(context.step_context.node_handle.name, [pinned, *_pinnable(attempt, others)])
         return pinned
@@ -114,6 +117,13 @@ def _agents_read(context: dg.InputContext, pipeline: str) -> list[str]:
     node = context.step_context.job_def.asset_layer.get_assets_def_for_node(context.step_context.node_handle)
     keys = node.keys_by_input_name.values() if node is not None else ()
     return [_named(context, key)[1] for key in keys if len(key.path) == 2 and key.path[0] == pipeline]
+
+
+def _names(context: dg.InputContext) -> list[str]:
+    """What whoever reads may go by among the readers that an agent names: its assets' keys, as "a/b" or by their ends; its op."""
+    node = context.step_context.job_def.asset_layer.get_assets_def_for_node(context.step_context.node_handle)
+    keys = sorted(node.keys) if node is not None else []
+    return [*(key.to_user_string() for key in keys), *(key.path[-1] for key in keys), context.step_context.node_handle.name]
 
 
 def _pinnable(attempt: Attempt, names: Iterable[str]) -> Iterator[Seal]:

@@ -68,6 +68,7 @@ def of_agent(pipeline: Pipeline, agent: Agent) -> dict[str, Any]:
         "mao/contract": _contract(contract.name, contract.version),
         "mao/contract_hash": contract.hash,
         "mao/contract_page": dg.MetadataValue.md(page(contract.describe(), consumers(pipeline, agent))),
+        **({} if agent.readers is None else {"mao/readers": dg.MetadataValue.text(", ".join(agent.readers) or "nobody")}),
         **{f"mao/input_{i.upstream}": dg.MetadataValue.md(_reading(pipeline, i)) for i in agent.inputs},
     }
 
@@ -135,6 +136,7 @@ def of_seal(seal: Seal, pipeline: Pipeline, *, reused: bool, calls: CallSummary 
         **({"mao/policy": dg.MetadataValue.json(json.loads(seal.policy))} if seal.policy else {}),
         "mao/latency_seconds": seal.latency_seconds,
         "mao/size_bytes": seal.size_bytes,
+        **({"mao/registration": dg.MetadataValue.text(seal.registration)} if seal.registration else {}),
         "mao/agent_version": dg.MetadataValue.text(seal.agent_version),
         "mao/contract": _contract(seal.contract, seal.contract_version),
         "mao/contract_hash": dg.MetadataValue.text(seal.contract_hash),

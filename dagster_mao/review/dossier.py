@@ -77,7 +77,10 @@ class Disclosure:
 
 @dataclass(frozen=True)
 class VersionTold:
-    """A state version: what its agent read, by reference, and said. `total`: of how many records `said` holds the first."""
+    """A state version: what its agent read, by reference, and said. `total`: of how many records `said` holds the first.
+
+    `declared` is what its agent said of itself when it sealed, as registered.
+    """
 
     seal: Seal = field(repr=False)
     is_effective: bool
@@ -85,6 +88,7 @@ class VersionTold:
     said: Sequence[Mapping[str, Any]] = field(repr=False)
     total: int
     deferred: Sequence[Mapping[str, Any]] = ()
+    declared: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def reference(self) -> str:
@@ -222,6 +226,7 @@ def as_json(told: Dossier) -> dict[str, Any]:
             "said": v.said,
             "total": v.total,
             "deferred_records": v.deferred,
+            "declared": v.declared,
             "seal": facts(v.seal),
         }
         for v in told.versions
@@ -275,7 +280,8 @@ def _versions(
             continue
         parents = [store.seal_at(parent.workflow_id, parent.version) for parent in seal.parents] if made else []
         reads = {parent.reference: read(parent) if record is not None else () for parent in parents}
-        found.append(VersionTold(seal, seal in state, reads, own, seal.row_count if record is None else len(own), deferred))
+        declared = _declared(store, seal, notes)
+        found.append(VersionTold(seal, seal in state, reads, own, seal.row_count if record is None else len(own), deferred, declared))
     if record is not None and not any(told.said or told.deferred for told in found if told.seal.key):
         return ()
     return tuple(found)
@@ -287,6 +293,14 @@ def _rows(store: StateStore, seal: Seal, key: str | None, limit: int, *, unmask:
     except MaoError as error:  # a dossier is wanted most of what was tampered with
         notes.append(f"{seal.reference} cannot be read ({type(error).__name__}): what it says is left out.")
         return ()
+
+
+def _declared(store: StateStore, seal: Seal, notes: list[str]) -> Mapping[str, Any] | None:
+    try:
+        return store.registered(seal)
+    except MaoError as error:
+        notes.append(f"What {seal.agent} declared of itself cannot be read ({type(error).__name__}), and is left out.")
+        return None
 
 
 def _refused(store: StateStore, workflow: str, record: str | None, notes: list[str]) -> tuple[Refusal, ...]:

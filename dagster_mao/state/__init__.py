@@ -7,6 +7,7 @@ from dagster_mao.state.kept import KeptFile, KeptFrames
 from dagster_mao.state.moments import When, is_moment, moment, passed, there
 from dagster_mao.state.objects import reaching
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
+from dagster_mao.state.registry import refuse_reader
 from dagster_mao.state.rehearsal import Beside, Rehearsed
 from dagster_mao.state.seal import DEFERRED_SUFFIX, QUARANTINE_SUFFIX, Parent, Seal
 from dagster_mao.state.snapshots import Staged, staged
@@ -39,6 +40,7 @@ __all__ = [
     "moment",
     "passed",
     "reaching",
+    "refuse_reader",
     "require_one_entry",
     "staged",
     "there",

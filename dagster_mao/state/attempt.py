@@ -53,6 +53,8 @@ class Provenance(BaseModel):
     fallbacks: int | None = None
     policy: str | None = None
     usage: str | None = None
+    registration: str | None = None
+    readers: tuple[str, ...] | None = None
 
 
 class Attempt:

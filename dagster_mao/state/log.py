@@ -68,6 +68,8 @@ _COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
     "fallbacks": pl.Int64,
     "policy": pl.String,
     "usage": pl.String,
+    "registration": pl.String,
+    "readers": pl.List(pl.String),
     "seal_digest": pl.String,
 }
 SCHEMA = pl.Schema(_COLUMNS)

@@ -96,6 +96,8 @@ class Seal(BaseModel):
     fallbacks: int | None = None  # None when no answer came from the fallback
     policy: str | None = None  # JSON of the policy in force where an operator overrode the agent's
     usage: str | None = None  # JSON of what the calls came to, as `CallSummary`
+    registration: str | None = None  # digest of what the agent declared of itself, in the registry
+    readers: tuple[str, ...] | None = None  # who may read it; None: anybody
     seal_digest: str
 
     @property

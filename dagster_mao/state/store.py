@@ -22,6 +22,7 @@ from dagster_mao.state.log import StateLog
 from dagster_mao.state.moments import When, there
 from dagster_mao.state.objects import Objects, safe_name
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
+from dagster_mao.state.registry import register, registered
 from dagster_mao.state.seal import Kind, Seal, SealedFile
 
 _DATABASE = "shared.db"
@@ -172,6 +173,14 @@ class StateStore:
         if not seal.deferred_path:
             return pl.DataFrame(schema=DEFERRED_SCHEMA)
         return self._read(seal, seal.files[-1]).collect()
+
+    def register(self, pipeline: str, agent: str, told: Mapping[str, Any]) -> str:
+        """Keeps what an agent declares of itself, durably, unless it is there; its digest, for the seals that it makes."""
+        return register(self.objects, pipeline, agent, told)
+
+    def registered(self, seal: Seal) -> dict[str, Any] | None:
+        """What the agent of a seal had declared of itself; None of seals from before there was a registry. Raises `TamperedError`."""
+        return registered(self.objects, seal)
 
     def add_calls(self, pipeline: str, agent: str, calls: pl.DataFrame | pl.LazyFrame) -> bool:
         """Adds rows of `CALLS_SCHEMA` to the agent's table of calls, in one commit that survives power loss; the same rows are added once.

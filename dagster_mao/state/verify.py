@@ -24,6 +24,7 @@ from dagster_mao.errors import MaoError, TamperedError, UnknownVersionError
 from dagster_mao.state.calls import CALLS_SUFFIX
 from dagster_mao.state.log import StateLog
 from dagster_mao.state.projection import Projection
+from dagster_mao.state.registry import registration_path
 from dagster_mao.state.seal import Seal
 from dagster_mao.state.snapshots import VERSION_COLUMN, WORKFLOW_COLUMN
 from dagster_mao.state.store import StateStore
@@ -116,6 +117,7 @@ def verify(store: StateStore, workflow: str | None = None, *, agent: str | None 
     meant = [seal for seal in log.seals if agent in (None, seal.agent)]
     files = _digests(store, meant)
     findings += _files(meant, log.seals, files)
+    findings += _registrations(store, meant)
     tables = _tables(store, meant, whole=workflow is None and agent is None)
     for table in tables:
         found, behind = _table(store, table, log, workflow)
@@ -254,6 +256,10 @@ def _parents(seals: Sequence[Seal], *, whole: bool) -> Iterator[Finding]:
 
 
 def _digests(store: StateStore, seals: Sequence[Seal]) -> dict[str, str | None]:
+    return _hashed(store, {file.path for seal in seals for file in seal.files})
+
+
+def _hashed(store: StateStore, paths: Iterable[str]) -> dict[str, str | None]:
     """By path, the sha256 of the file as it is now; None for one that is gone."""
 
     def digest(path: str) -> str | None:
@@ -262,9 +268,9 @@ def _digests(store: StateStore, seals: Sequence[Seal]) -> dict[str, str | None]:
         except TamperedError:
             return None
 
-    paths = sorted({file.path for seal in seals for file in seal.files})
+    looked_at = sorted(paths)
     with ThreadPoolExecutor(_READERS) as pool:
-        return dict(zip(paths, pool.map(digest, paths), strict=True))
+        return dict(zip(looked_at, pool.map(digest, looked_at), strict=True))
 
 
 def _files(meant: Sequence[Seal], seals: Sequence[Seal], files: Mapping[str, str | None]) -> Iterator[Finding]:
@@ -277,6 +283,19 @@ def _files(meant: Sequence[Seal], seals: Sequence[Seal], files: Mapping[str, str
             elif actual != file.digest:
                 whose = f": it holds the bytes of {owner[actual].reference} ({owner[actual].agent})" if actual in owner else ""
                 yield _about(seal, "file_changed", f"the {what}'s bytes are not those that were sealed{whose}", file.path)
+
+
+def _registrations(store: StateStore, seals: Sequence[Seal]) -> Iterator[Finding]:
+    """What agents declared of themselves, each once, at the first seal that names it."""
+    first: dict[str, Seal] = {}
+    for seal in seals:
+        if seal.registration:
+            first.setdefault(registration_path(seal.pipeline, seal.agent, seal.registration), seal)
+    for path, actual in _hashed(store, first).items():
+        if actual is None:
+            yield _about(first[path], "file_missing", "what the agent declared of itself is gone", path)
+        elif actual != first[path].registration:
+            yield _about(first[path], "file_changed", "what the agent declared of itself is not what was registered", path)
 
 
 # The agents' tables ---------------------------------------------------------------------------------------------------------------

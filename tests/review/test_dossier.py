@@ -118,6 +118,8 @@ def test_why_was_417_declined_what_did_the_score_agent_see_and_has_anybody_touch
     made = [(call["agent"], call["record"], call["outcome"]) for call in facts["calls"]]
     assert made == [("applications", None, "answered"), ("score", "417", "answered"), ("approval", "417", "answered")]
     assert facts["verification"]["good"] is True
+    assert scored["declared"]["policy"]["retries"] == 1
+    assert "retries 1" in page
     assert "Everything is as it was sealed" in page
 
 
