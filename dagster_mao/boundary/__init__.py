@@ -114,7 +114,7 @@ def run_agent(
             common: dict[str, Any] = {"config": config_digest, "fresh": fresh, "rehearsal": rehearsal}
             with (
                 nullcontext() if rehearsal else journaled(store, agent, attempt, pinned, policy) as effects,
-                Calls(store, agent, attempt, policy, context, resources or {}, scratch, effects=effects, **common) as calls,
+                Calls(store, agent, attempt, policy, context, resources or {}, scratch, frames, effects=effects, **common) as calls,
             ):
                 if agent.is_entry or agent.output_shape is not Shape.RECORD:
                     answered = WholeCall(calls, step).run(frames, pinned, files)
@@ -136,4 +136,5 @@ def run_agent(
                 )
                 if effects is not None:
                     effects.sealed(outcome.seal.version)
+                calls.sealed = outcome.seal
                 return outcome

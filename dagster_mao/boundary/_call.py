@@ -27,6 +27,7 @@ from dagster_mao.boundary._one import Answered, Deferred, Failed, One, WrongAnsw
 from dagster_mao.boundary._rehearsal import AnswersThen, NoAnswers, Rehearsal, answers_then
 from dagster_mao.boundary._scratch import Scratch
 from dagster_mao.boundary._step import Step, sunk
+from dagster_mao.boundary._traces import is_traced, trace_step
 from dagster_mao.boundary._ways import Loop, as_tasks, in_place, in_threads
 from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import AnswerNotFrozenError, BreakerOpenError, InvalidRecordsError, MaoError, StoreError
@@ -61,6 +62,7 @@ class Calls:
         context: AgentContext,
         resources: Mapping[str, Any],
         scratch: Scratch,
+        read: Mapping[str, pl.LazyFrame],
         *,
         config: str,
         fresh: bool,
@@ -69,6 +71,8 @@ class Calls:
     ) -> None:
         self.effects, self.rehearsal = effects, rehearsal
         self.frozen = rehearsal is not None and rehearsal.kept_in is not None
+        self.sealed: Seal | None = None
+        self._read, self._began = read, time.time()
         self.store, self.agent, self.policy, self.attempt, self.scratch = store, agent, policy, attempt, scratch
         self.context, self._resources = context, resources
         self.keys = CallKeys(attempt.workflow_id, attempt.epoch, agent.name)
@@ -160,18 +164,20 @@ class Calls:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
-            self._end()
+            self._end(None)
             return
         with suppress(MaoError):  # what went wrong first is told
             summary = self.summary()
             if isinstance(error, MaoError):
                 error.calls = summary
-        self._end()
+        self._end(type(error).__name__)
 
-    def _end(self) -> None:
+    def _end(self, error: str | None) -> None:
         """Nothing of this fails a step that is sealed."""
         self._ends.close()
         is_logged = self.log.end()
+        if self.rehearsal is None and is_traced():
+            trace_step(self.store, self.agent, self.attempt, self.sealed, self.log.rows(), self._read, began=self._began, error=error)
         if self.answers is not None:
             with self.telling("calls will be logged twice"):
                 if is_logged:

@@ -81,6 +81,10 @@ class CallLog:
         self.settle()
         return CallSummary.of(self._rows.rows_held()) if self._rows.rows else CallSummary()
 
+    def rows(self) -> pl.LazyFrame:
+        """All of them, as `CALLS_SCHEMA` says."""
+        return self._rows.scan()
+
     def begin(self) -> None:
         """Begins to write what there is to the table, while the step goes on to its seal."""
         self.settle()
