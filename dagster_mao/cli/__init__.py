@@ -20,4 +20,18 @@ from dagster_mao.cli import (  # each registers its commands
 )
 from dagster_mao.cli._app import app
 
-__all__ = ["agents", "app", "audit", "bisect", "breakers", "calls", "choreography", "compensate", "look", "quarantine", "replay", "step", "verify"]
+__all__ = [
+    "agents",
+    "app",
+    "audit",
+    "bisect",
+    "breakers",
+    "calls",
+    "choreography",
+    "compensate",
+    "look",
+    "quarantine",
+    "replay",
+    "step",
+    "verify",
+]
