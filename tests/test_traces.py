@@ -66,13 +66,22 @@ class Collector:
     def take(self, body: bytes) -> None:
         request = ExportTraceServiceRequest.FromString(body)
         for group in request.resource_spans:
-            service = {one.key: one.value.string_value for one in group.resource.attributes}["service.name"]
+            of = {one.key: _value(one.value) for one in group.resource.attributes}
             for scope in group.scope_spans:
                 for span in scope.spans:
                     told = {one.key: _value(one.value) for one in span.attributes}
                     seconds = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
                     names = {"name": span.name, "trace": span.trace_id, "id": span.span_id, "parent": span.parent_span_id}
-                    self.spans.append({**names, "status": span.status.code, "seconds": seconds, "service": service, **told})
+                    self.spans.append(
+                        {
+                            **names,
+                            "status": span.status.code,
+                            "seconds": seconds,
+                            "service": of["service.name"],
+                            "about": of.get("mao.state_version"),
+                            **told,
+                        }
+                    )
 
     def of(self, agent: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The root of the agent's trace, and its calls in the order of their records and tries."""
@@ -127,6 +136,7 @@ def test_every_try_is_a_span_of_the_step_that_says_which_version_it_made(local_s
         ("b", 1, "failed"),
         ("b", 2, "answered"),
     ]
+    assert {span["about"] for span in [root, *calls]} == {"loans/1@1"}, "by which MLflow finds the trace"
     seal = result.seals["score"]
     for call in calls:
         assert (call["mao.workflow"], call["mao.run"], call["mao.state_version"]) == ("loans/1", seal.run_id, "loans/1@1")

@@ -60,7 +60,8 @@ def trace_step(
     is "true": then with records, personal fields masked.
     """
     try:
-        with _sink() as (tracer, export):
+        about = {name: value for name, value in _of_step(agent, attempt, seal).items() if name.startswith("mao.")}
+        with _sink(about) as (tracer, export):
             frames = {**read, **({agent.name: store.read(seal)} if seal else {})}
             _told(tracer, export, agent, attempt, seal, rows, frames, began, error)
     except ImportError:
@@ -217,8 +218,11 @@ def _given_provider() -> Any:
 
 
 @contextmanager
-def _sink() -> Iterator[tuple[Tracer, Callable[[], bool]]]:
-    """A tracer, and what sends the spans that have ended and says whether they arrived."""
+def _sink(about: Mapping[str, Any]) -> Iterator[tuple[Tracer, Callable[[], bool]]]:
+    """A tracer, and what sends the spans that have ended and says whether they arrived.
+
+    What the step is `about` is told of the resource too, by which some collectors (MLflow, as tags of a trace) look for traces.
+    """
     if (given := _given_provider()) is not None:
         yield given.get_tracer("dagster_mao"), given.force_flush
         return
@@ -228,9 +232,8 @@ def _sink() -> Iterator[tuple[Tracer, Callable[[], bool]]]:
 
     # No thread of its own, which would neither survive a fork nor say whether anything arrived.
     ended = _Ended(OTLPSpanExporter())
-    provider = TracerProvider(
-        shutdown_on_exit=False, resource=Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "dagster-mao")})
-    )
+    resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "dagster-mao"), **about})
+    provider = TracerProvider(shutdown_on_exit=False, resource=resource)
     provider.add_span_processor(ended)  # type: ignore[arg-type]  # it has all that is called of one
     try:
         yield provider.get_tracer("dagster_mao"), ended.send
