@@ -27,7 +27,7 @@ from dagster_mao.boundary._one import Answered, Deferred, Failed, One, WrongAnsw
 from dagster_mao.boundary._rehearsal import AnswersThen, NoAnswers, Rehearsal, answers_then
 from dagster_mao.boundary._scratch import Scratch
 from dagster_mao.boundary._step import Step, sunk
-from dagster_mao.boundary._traces import is_traced, trace_step
+from dagster_mao.boundary._traces import Traced, is_traced, trace_step
 from dagster_mao.boundary._ways import Loop, as_tasks, in_place, in_threads
 from dagster_mao.correlation import WorkflowLog
 from dagster_mao.errors import AnswerNotFrozenError, BreakerOpenError, InvalidRecordsError, MaoError, StoreError
@@ -177,7 +177,7 @@ class Calls:
         self._ends.close()
         is_logged = self.log.end()
         if self.rehearsal is None and is_traced():
-            trace_step(self.store, self.agent, self.attempt, self.sealed, self.log.rows(), self._read, began=self._began, error=error)
+            trace_step(self.store, Traced(self.agent, self.attempt, self.sealed, self.log.rows(), self._read, self._began, error))
         if self.answers is not None:
             with self.telling("calls will be logged twice"):
                 if is_logged:

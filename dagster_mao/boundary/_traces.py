@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
@@ -42,54 +42,46 @@ def is_traced() -> bool:
     return any(os.environ.get(name) for name in _ENDPOINTS) or _given_provider() is not None
 
 
-def trace_step(
-    store: StateStore,
-    agent: Agent,
-    attempt: Attempt,
-    seal: Seal | None,
-    rows: pl.LazyFrame,
-    read: Mapping[str, pl.LazyFrame],
-    *,
-    began: float,
-    error: str | None,
-) -> None:
-    """Exports the calls of a step, rows of `CALLS_SCHEMA`. `read` are its inputs by upstream, `seal` what became of it.
+class Traced(NamedTuple):
+    """A step that has ended: `rows` of `CALLS_SCHEMA`, what it `read` by upstream, when it `began` (seconds), the class of its `error`."""
+
+    agent: Agent
+    attempt: Attempt
+    seal: Seal | None
+    rows: pl.LazyFrame
+    read: Mapping[str, pl.LazyFrame]
+    began: float
+    error: str | None
+
+
+def trace_step(store: StateStore, step: Traced) -> None:
+    """Exports the calls of a step.
 
     What cannot be exported is told in the log, and fails nothing. Without content, unless
-    `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`
-    is "true": then with records, personal fields masked.
+    `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT` is "true": then with records, personal fields masked.
     """
+    name = step.agent.name
+    common = _of_step(step.agent, step.attempt, step.seal)
     try:
-        about = {name: value for name, value in _of_step(agent, attempt, seal).items() if name.startswith("mao.")}
-        with _sink(about) as (tracer, export):
-            frames = {**read, **({agent.name: store.read(seal)} if seal else {})}
-            _told(tracer, export, agent, attempt, seal, rows, frames, began, error)
+        with _sink({key: value for key, value in common.items() if key.startswith("mao.")}) as (tracer, export):
+            said = {name: store.read(step.seal)} if step.seal else {}
+            _send(tracer, export, step._replace(read={**step.read, **said}), common)
     except ImportError:
         logger.warning("spans are asked for by $%s, and no exporter is installed: pip install 'dagster-mao[otel]'", _ENDPOINTS[0])
     except Exception as failed:  # whatever a collector, a proxy or somebody's provider raises
-        logger.warning("the calls of %s were not traced: %s", agent.name, type(failed).__name__)
+        logger.warning("the calls of %s were not traced: %s", name, type(failed).__name__)
 
 
-def _told(
-    tracer: Tracer,
-    export: Callable[[], bool],
-    agent: Agent,
-    attempt: Attempt,
-    seal: Seal | None,
-    rows: pl.LazyFrame,
-    read: Mapping[str, pl.LazyFrame],
-    began: float,
-    error: str | None,
-) -> None:
+def _send(tracer: Tracer, export: Callable[[], bool], step: Traced, common: Mapping[str, Any]) -> None:
     from opentelemetry.trace import set_span_in_context
 
-    made = rows.collect(engine="streaming")
-    common = _of_step(agent, attempt, seal)
-    root = tracer.start_span(f"invoke_agent {agent.name}", start_time=_ns(began), attributes={**common, **_of_records(seal, made)})
-    if error is not None:
-        _failed(root, error)
-    within, content = set_span_in_context(root), _Content(agent, made, read)
-    ended = began
+    agent, made = step.agent, step.rows.collect(engine="streaming")
+    about = {**common, **_of_records(step.seal, made)}
+    root = tracer.start_span(f"invoke_agent {agent.name}", start_time=_ns(step.began), attributes=about)
+    if step.error is not None:
+        _failed(root, step.error)
+    within, content = set_span_in_context(root), _Content(agent, made, step.read)
+    ended = step.began
     for started in range(0, made.height, _AT_A_TIME):
         for call in made.slice(started, _AT_A_TIME).iter_rows(named=True):
             span = tracer.start_span(
@@ -106,7 +98,7 @@ def _told(
         if not export():
             logger.warning("the calls of %s were traced in part only: the collector does not take them", agent.name)
             return
-    root.end(_ns(max(ended, seal.sealed_at.timestamp() if seal else ended)))
+    root.end(_ns(max(ended, step.seal.sealed_at.timestamp() if step.seal else ended)))
     if not export():
         logger.warning("the trace of %s has no root: the collector does not take it", agent.name)
 
