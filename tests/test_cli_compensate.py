@@ -97,6 +97,23 @@ def test_a_failed_attempt_is_undone_by_hand_and_dagster_is_told(project: Project
     assert "nothing to be compensated" in call(DAY, code=1).output
 
 
+def test_what_another_code_location_has_is_left_to_it_and_said(project: Project) -> None:
+    project.fail("one")
+    first, second = (("--pipeline", f"tests.saga.test_locations:{name}") for name in ("FIRST", "SECOND"))
+    plan = call(DAY, *first, "--dry-run").output
+    assert "undone in another code location" in plan
+    assert "undone, after others" in plan
+    said = call(DAY, *first, code=1).output
+    assert "handed over" in said
+    assert "left: approval (pending)" in said
+    assert "code locations that have these agents" in said
+    assert len(project.standing) == 4
+    assert "running" in call("--status", code=1).output
+    assert "left: inquiry (pending)" in call(DAY, *second, code=1).output
+    assert "compensated" in call(DAY, *first).output
+    assert project.standing == {}
+
+
 def test_what_is_left_is_said_until_it_is_tried_again(project: Project) -> None:
     project.fail("one")
     project.code(StubbornBank.__name__)

@@ -214,7 +214,7 @@ def _print_ended(console: Console, workflow: str, ended: Sequence[tuple[str, str
     for attempt, by, concluded in ended:
         what = f"{workflow}, attempt {attempt}{f', superseded by {by}' if by else ''}"
         state = concluded.state.removeprefix("compensation_")
-        console.print(Text.assemble(plain(what), ": ", (state, _STYLES.get(state, "dim"))), soft_wrap=True)
+        console.print(Text.assemble(plain(what), ": ", (state.replace("_", " "), _STYLES.get(state, "dim"))), soft_wrap=True)
         for one in concluded.left:
             console.print(Text(f"  left: {plain(one.agent)} ({plain(one.error or one.state)})"), soft_wrap=True)
         for agent in concluded.kept:
