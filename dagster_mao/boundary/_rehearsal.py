@@ -145,7 +145,7 @@ def answers_then(store: StateStore, folder: Any, **scope: Any) -> Iterator[Answe
     """What a store's shared database keeps, of one agent, workflow and fingerprint. An SQLite file is copied, and the copy is read."""
     from dagster_mao.gateway import Answers, read_only  # SQLAlchemy is imported by those who need it
 
-    shared = read_only(store.database, folder) if store.database else None
+    shared = read_only(store.database, folder, *Answers.TABLES) if store.database else None
     if shared is None:
         yield NoAnswers()
         return

@@ -99,6 +99,8 @@ class Answers:
     method may raise `StoreError`.
     """
 
+    TABLES = (_STEPS.name, _ANSWERS.name)
+
     def __init__(
         self,
         shared: SharedStore,

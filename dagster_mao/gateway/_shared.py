@@ -180,8 +180,8 @@ class SharedStore:
         raise StoreError(f"The shared database {self.name} cannot be used: {why}", fix=fix) from cause
 
 
-def read_only(url: str, folder: Path) -> SharedStore | None:
-    """The same database, to be read and left as it is; None where there is none yet.
+def read_only(url: str, folder: Path, *tables: str) -> SharedStore | None:
+    """The same database, to be read and left as it is; None where it, or one of the tables, is not there yet.
 
     An SQLite file is copied into the folder: to open it would change it, or the files beside it. Raises `StoreError` when it is written
     to faster than it can be copied.
@@ -189,7 +189,7 @@ def read_only(url: str, folder: Path) -> SharedStore | None:
     shared = SharedStore(url)
     if shared.file is not None:
         return SharedStore(_copied(shared.file, folder)) if shared.file.exists() else None
-    if not all(shared.holds(table) for table in METADATA.sorted_tables):
+    if not all(shared.holds(METADATA.tables[table]) for table in tables):
         return None
     with shared._lock:
         shared._made = frozenset(METADATA.tables)  # nothing is to be made there
