@@ -256,9 +256,13 @@ def test_more_workflows_than_tags_are_in_the_log(desk: Path, instance: dg.Dagste
     from dagster_mao.dagster import ranges, runs
 
     for module in (ranges, runs):
-        monkeypatch.setattr(module, "WORKFLOWS_TAGGED", 2)
-    result = execute(instance)
-    assert len([tag for tag in instance.get_run_by_id(result.run_id).tags if tag.startswith("mao/workflow.")]) == 2
+        monkeypatch.setattr(module, "WORKFLOWS_TAGGED", 1)
+    defs = loans.definitions(desk, partitions_def=DAYS, backfill_policy=SINGLE)
+    job, entry = defs.resolve_implicit_global_asset_job_def(), [dg.AssetKey(["loans", "applications"])]
+    result = job.execute_in_process(instance=instance, tags=over(), asset_selection=entry)
+    run = instance.get_run_by_id(result.run_id)
+    assert run is not None
+    assert len([tag for tag in run.tags if tag.startswith("mao/workflow.")]) == 1
     (told,) = [entry.user_message for entry in instance.all_logs(result.run_id) if entry.user_message.startswith("3 workflows")]
     assert all(f"loans/{day}" in told for day in KEYS)
 
