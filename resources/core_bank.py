@@ -99,9 +99,11 @@ class CoreBank(dg.ConfigurableResource):
         return connection
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        # A posting may still be under way in a thread that nobody waits for: the step failed, or the call timed out.
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
 
 def _now() -> str:

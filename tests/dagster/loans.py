@@ -133,6 +133,12 @@ def loans_job_in_processes() -> dg.JobDefinition:
     return _job(dg.multiprocess_executor.configured({"max_concurrent": 2, "start_method": imported}))
 
 
+def main(home: str) -> None:
+    """Runs `loans_job_in_processes` in the instance of this folder."""
+    with dg.DagsterInstance.local_temp(home) as instance:
+        dg.execute_job(dg.reconstructable(loans_job_in_processes), instance)
+
+
 def loans_job_over_ranges() -> dg.JobDefinition:
     """The same on three days, of which one run may take several."""
     days = dg.DailyPartitionsDefinition(start_date="2026-01-05", end_date="2026-01-08")

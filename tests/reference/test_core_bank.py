@@ -1,7 +1,7 @@
 """The ledger must show every double effect, or it proves nothing about the pipeline that acts on it."""
 
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -53,6 +53,15 @@ def test_of_many_cancellations_at_once_one_takes_effect(bank):
     bank.post("k", "inquiry", "a")
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(lambda _: bank.cancel("k", 0), range(24))) == 1
+
+def test_a_posting_under_way_when_the_step_ends_is_finished_first(bank):
+    with ThreadPoolExecutor(1) as thread:
+        with bank._ledger() as ledger:  # of a thread for which nobody waits, as of a call that timed out
+            ending = thread.submit(bank.teardown_after_execution, None)
+            assert not wait([ending], timeout=0.2).done, "the connection is in use"
+            ledger.execute("SELECT count(*) FROM ledger")
+        ending.result(timeout=60)
+    assert bank.post("w@0/1", "inquiry", "1"), "who comes later opens it again"
 
 
 @pytest.mark.parametrize("table", ["ledger", "cancellations"])
