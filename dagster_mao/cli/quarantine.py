@@ -146,7 +146,10 @@ def resubmit_command(
     root: Root = None,
     storage_option: Storage = None,
 ) -> None:
-    """Correct records: they re-enter their workflow as a new entry. The agents below it are then to be materialised again."""
+    """Correct records: they re-enter their workflow as a new entry. The agents below it are then to be materialised again, unless they
+
+    start by themselves.
+    """
     if bool(set_) == bool(from_):
         misused("give --set FIELD=VALUE, or --from FILE")
     if set_ and len(record or ()) != 1:
@@ -396,6 +399,10 @@ def _print_resubmission(done: Resubmission, corrections: Mapping[str, Any], told
     decided = f"Marked as resubmitted at {_places(done.answered)}; the decision is {done.decision.reference}."
     console.print(Text(plain(f"{decided} {told}")), soft_wrap=True)
     if not done.agents:
+        return
+    if pipeline.mode != "orchestration":
+        undone = " Where one of them fails, what was done for it is undone, and the records are open again." * (pipeline.mode == "hybrid")
+        console.print(Text(f"What is below it starts by itself: {', '.join(done.agents)}.{undone}"), soft_wrap=True)
         return
     key = entry.workflow_id.removeprefix(f"{pipeline.name}/")
     partition = f" --partition '{key}'" if pipeline.partitions_def else ""

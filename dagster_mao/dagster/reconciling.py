@@ -113,7 +113,7 @@ def _going_on(instance: dg.DagsterInstance, pipeline: Pipeline, found: Sequence[
     """
     if pipeline.mode != "hybrid":
         return set()
-    asked = sorted({one.attempt for one in found if one.kind == "attempt" and one.state is None and not one.completed})
+    asked = sorted({one.attempt for one in found if one.kind == "attempt" and one.state is None and not (one.completed or one.replaced)})
     failed = set[str]()
     for start in range(0, len(asked), _TOGETHER):
         some = asked[start : start + _TOGETHER]
@@ -181,7 +181,7 @@ def _not_over(instance: dg.DagsterInstance, found: Ending, one: Unfinished, pipe
         # Its runs are of many attempts each: it is over when one of its agents has failed. The fence ends what the others still do for it.
         return None
     if pipeline.mode == "hybrid" and not found.failed:
-        return _left_by(instance, one, patience) if one.completed else _GOES_ON
+        return _left_by(instance, one, patience) if one.completed or one.replaced else _GOES_ON
     if found.waits_for:
         return found.waits_for
     if not found.runs:
@@ -190,7 +190,7 @@ def _not_over(instance: dg.DagsterInstance, found: Ending, one: Unfinished, pipe
 
 
 def _left_by(instance: dg.DagsterInstance, one: Unfinished, patience: float) -> str | None:
-    """Who may still be at work for an attempt that has completed; None when all that is left was left by the dead."""
+    """Who may still be at work for an attempt that has completed, or was replaced; None when all that is left was left by the dead."""
     for run_id in one.runs:
         record = instance.get_run_record_by_id(run_id)
         if waits := (_silent(one, patience) if record is None else standing(instance, record).waits_for):

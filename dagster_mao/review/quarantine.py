@@ -89,7 +89,7 @@ def refusals(
     meant = [s for s in seals if s.quarantine_path and agent in (None, s.agent) and (every or s in state.values())]
     if not meant:
         return []
-    decisions = store.dispositions(workflow, as_of=as_of).to_dicts()
+    decisions = _decisions(store, seals, as_of)
     return [refusal for seal in meant for refusal in _refusals(store, seal, state.get(seal.agent), decisions)]
 
 
@@ -97,8 +97,8 @@ def refusals_of(store: StateStore, seal: Seal, *, as_of: When | None = None) -> 
     """What one version holds in quarantine, and what had become of it then. Raises as `refusals` does."""
     if not seal.quarantine_path:
         return []
-    current = store.effective(seal.workflow_id, as_of=as_of).get(seal.agent)
-    return list(_refusals(store, seal, current, store.dispositions(seal.workflow_id, as_of=as_of).to_dicts()))
+    seals = store.seals(seal.workflow_id, as_of=as_of)
+    return list(_refusals(store, seal, effective(seals).get(seal.agent), _decisions(store, seals, as_of)))
 
 
 def discard(store: StateStore, chosen: Sequence[Refusal], *, why: str, by: str) -> Seal:
@@ -106,14 +106,23 @@ def discard(store: StateStore, chosen: Sequence[Refusal], *, why: str, by: str) 
     return decide(store, chosen, "discarded", why=why, by=by)
 
 
-def decide(store: StateStore, chosen: Sequence[Refusal], verdict: Literal["discarded", "resubmitted"], *, why: str, by: str) -> Seal:
-    """Records one decision on refusals of one workflow, as a version of it."""
+def decide(
+    store: StateStore,
+    chosen: Sequence[Refusal],
+    verdict: Literal["discarded", "resubmitted"],
+    *,
+    why: str,
+    by: str,
+    entry: Seal | None = None,
+) -> Seal:
+    """Records one decision on refusals of one workflow, as a version of it. `entry`: in which they came in again."""
     now = dt.datetime.now(dt.timezone.utc)
     rows = [
         {"agent": r.seal.agent, "version": r.seal.version, "record": r.key, "digest": r.digest, "verdict": verdict, "why": why}
         for r in chosen
     ]
-    frame = pl.DataFrame([{**row, "by": by, "at": now} for row in rows], schema=DISPOSITION_SCHEMA)
+    told = {"by": by, "at": now, "entry": None if entry is None else entry.version}
+    frame = pl.DataFrame([{**row, **told} for row in rows], schema=DISPOSITION_SCHEMA)
     return store.dispose(chosen[0].seal.workflow_id, frame)
 
 
@@ -155,6 +164,15 @@ def _refusals(store: StateStore, seal: Seal, current: Seal | None, decisions: Se
             status=standing["verdict"] if standing else otherwise,
             **({name: standing[name] for name in ("why", "by", "at")} if standing else {}),
         )
+
+
+def _decisions(store: StateStore, seals: Sequence[Seal], as_of: When | None) -> list[dict[str, Any]]:
+    """What was decided, without what came to nothing: records that came in again in an attempt that was ended wait as before."""
+    if not any(seal.kind == "disposition" for seal in seals):
+        return []
+    fenced = {seal.attempt for seal in seals if seal.kind == "fence"}
+    gone = {seal.version for seal in seals if seal.kind == "entry" and seal.attempt in fenced}
+    return [one for one in store.dispositions(seals[0].workflow_id, as_of=as_of).to_dicts() if one["entry"] not in gone]
 
 
 def _standing(seal: Seal, row: Mapping[str, Any], decisions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

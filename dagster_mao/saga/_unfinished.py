@@ -14,7 +14,7 @@ from dagster_mao.errors import MaoError, StoreError
 from dagster_mao.gateway import shared_store
 from dagster_mao.saga._order import OPEN, Superseded, has_sealed
 from dagster_mao.saga._saga import Left, UndoneState, sagas_of
-from dagster_mao.state import StateStore, is_completed
+from dagster_mao.state import StateStore, is_completed, is_replaced
 
 if TYPE_CHECKING:
     from dagster_mao.journal._sagas import SagaRow, Sagas, StepRow
@@ -42,6 +42,7 @@ class Unfinished:
     agents: tuple[str, ...]
     ended: bool
     completed: bool
+    replaced: bool
     last: dt.datetime
     lease_until: dt.datetime | None
     tries: int
@@ -99,6 +100,7 @@ def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
     # In hybrid mode all that is at work is here: so it is asked about once, and not one by one.
     ended = store.completed(pipeline, {workflow_id for workflow_id, _ in groups})
     written = journal.last_written([step.id for steps in groups.values() for step in steps])
+    going_on = list[Unfinished]()
     for (workflow_id, attempt), steps in groups.items():
         if any(step.late for step in steps):
             saga = journal.find(workflow_id, attempt)
@@ -106,10 +108,17 @@ def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
         elif (workflow_id, attempt) in ended:
             completed.setdefault(workflow_id, []).extend(steps)
         else:
-            found.append(_unfinished(steps, written, "attempt", 0, None))
+            going_on.append(_unfinished(steps, written, "attempt", 0, None))
+    found += _with_replaced(store, going_on, {workflow_id for workflow_id, _ in ended})
     for workflow_id, steps in completed.items():
         found += _superseded(store, journal, workflow_id, steps)
     return found
+
+
+def _with_replaced(store: StateStore, going_on: list[Unfinished], completed: Collection[str]) -> list[Unfinished]:
+    """The attempts, each told whether it is replaced. `completed`: the workflows of which some attempt has completed."""
+    seals = store.seals_of({one.workflow_id for one in going_on} & set(completed))
+    return [replace(one, replaced=is_replaced(seals.get(one.workflow_id, ()), one.attempt)) for one in going_on]
 
 
 def _superseded(store: StateStore, journal: Sagas, workflow_id: str, steps: list[StepRow]) -> list[Unfinished]:
@@ -238,6 +247,7 @@ def _unfinished(
         agents=tuple(dict.fromkeys(step.agent for step in steps)),
         ended=all(step.state in ("sealed", "failed") for step in steps),
         completed=False,
+        replaced=False,
         last=_utc(max(times)),
         lease_until=None if saga is None or saga.lease_until is None else _utc(saga.lease_until),
         tries=tries or 0,

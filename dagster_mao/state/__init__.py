@@ -1,6 +1,6 @@
 """State: versions, snapshots, seals, digests. Delta and files; knows nothing of Dagster, of agents or of contracts."""
 
-from dagster_mao.state.attempt import Attempt, Provenance, effective, is_completed, require_one_entry
+from dagster_mao.state.attempt import Attempt, Provenance, effective, is_completed, is_replaced, require_one_entry
 from dagster_mao.state.calls import CALLS_SCHEMA, CALLS_SUFFIX, CallSummary
 from dagster_mao.state.disclosure import DISCLOSURE_SCHEMA
 from dagster_mao.state.kept import KeptFile, KeptFrames
@@ -37,6 +37,7 @@ __all__ = [
     "effective",
     "is_completed",
     "is_moment",
+    "is_replaced",
     "moment",
     "passed",
     "reaching",

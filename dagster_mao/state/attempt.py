@@ -339,6 +339,13 @@ def is_completed(seals: Sequence[Seal], attempt: str) -> bool:
     return bool(sealed) and sealed >= set(own[0].plan)
 
 
+def is_replaced(seals: Sequence[Seal], attempt: str) -> bool:
+    """Whether what came in later was completed meanwhile: agents that start by themselves make nothing of this attempt any more."""
+    entries = [seal for seal in seals if seal.kind == "entry"]
+    own = max((seal.version for seal in entries if seal.attempt == attempt), default=None)
+    return own is not None and any(seal.version > own and is_completed(seals, seal.attempt) for seal in entries)
+
+
 def next_seal(seen: Sequence[Seal], row: Mapping[str, Any]) -> Seal:
     """The row as the workflow's next version, chained to the last."""
     last = seen[-1] if seen else None

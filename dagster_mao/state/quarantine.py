@@ -34,6 +34,7 @@ _DISPOSITION: dict[str, pl.DataType | type[pl.DataType]] = {
     "why": pl.String,
     "by": pl.String,
     "at": pl.Datetime("us", "UTC"),
+    "entry": pl.Int64,  # of what was resubmitted: the version in which it came in again; null of the others
 }
 DISPOSITION_SCHEMA = pl.Schema(_DISPOSITION)
 """One row per quarantined record that a person decided on."""

@@ -206,7 +206,8 @@ class StateStore:
     def dispositions(self, workflow_id: str, *, as_of: When | None = None) -> pl.DataFrame:
         """What people decided on quarantined records of a workflow, oldest first, as `DISPOSITION_SCHEMA` says; `as_of`: until then."""
         decided = [seal for seal in self.seals(workflow_id, as_of=as_of) if seal.kind == "disposition"]
-        return pl.concat([pl.DataFrame(schema=DISPOSITION_SCHEMA), *(self.read(seal).collect() for seal in decided)])
+        # Those of earlier releases have fewer columns.
+        return pl.concat([pl.DataFrame(schema=DISPOSITION_SCHEMA), *(self.read(seal).collect() for seal in decided)], how="diagonal")
 
     def dispose(self, workflow_id: str, decisions: pl.DataFrame) -> Seal:
         """Records decisions on quarantined records, rows of `DISPOSITION_SCHEMA`, as a version of the workflow: chained, and never changed.

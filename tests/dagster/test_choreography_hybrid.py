@@ -10,6 +10,7 @@ import pytest
 
 import dagster_mao as mao
 from dagster_mao.choreography import enter
+from dagster_mao.review.quarantine import refusals
 from dagster_mao.state.log import StateLog
 from tests.choreography.loans import Application, Decision, Ledger, applications, batch
 from tests.dagster.theatre import EAGER, Theatre
@@ -127,3 +128,71 @@ def test_attempts_that_go_on_are_asked_about_together_and_not_one_by_one(theatre
     few = counts(1)
     assert counts(8) == few
     assert "9 attempts: its agents are at work" in str(theatre.reasons["loans_compensation"])
+
+
+# -- corrected and late ones ---------------------------------------------------------------------------------------------------------
+
+
+def decided_on(theatre: Theatre, workflow: str) -> dict[str | None, str]:
+    return {refusal.key: refusal.status for refusal in refusals(theatre.store, workflow)}
+
+
+def test_a_failure_below_a_corrected_record_undoes_what_was_done_for_it_and_the_record_waits_again(theatre: Theatre) -> None:
+    theatre.arrive("w1", amounts=[100.0, -5.0])
+    theatre.play()
+    before = theatre.store.effective("loans/w1")
+    assert standing(theatre) == {("inquiry", "A0"): 1}
+    done = mao.resubmit(theatre.pipeline, theatre.store, "loans/w1", {"A1": {"amount": 200}})
+    assert set(done.entry.plan) == {"applications", "inquiry", "approval"}
+    theatre.ledger.fail("approval loans/w1")
+    theatre.play()
+    assert standing(theatre) == {("inquiry", "A0"): 1, ("inquiry", "A1"): 1}
+    assert decided_on(theatre, "loans/w1") == {"A1": "resubmitted"}
+    (compensation,) = compensate(theatre)
+    assert compensation.success
+    assert standing(theatre) == {("inquiry", "A0"): 1}, "what the attempt before did stands"
+    assert theatre.store.effective("loans/w1") == before
+    assert decided_on(theatre, "loans/w1") == {"A1": "open"}, "nothing became of its correction"
+    theatre.ledger.fail()
+    mao.resubmit(theatre.pipeline, theatre.store, "loans/w1", {"A1": {"amount": 300}})
+    theatre.play()
+    assert [run.success for run in compensate(theatre)] == [True], "after a fence all is done anew, and what was done before is undone"
+    assert standing(theatre) == {("inquiry", "A0"): 1, ("inquiry", "A1"): 1}
+    state = theatre.store.effective("loans/w1")
+    assert theatre.store.read(state["approval"]).collect()["id"].to_list() == ["A0", "A1"]
+    assert decided_on(theatre, "loans/w1") == {}
+
+
+def test_a_second_correction_starts_from_the_first_though_that_one_does_not_count_yet(theatre: Theatre) -> None:
+    """The naive one starts from what counts, and the first correction is gone."""
+    theatre.arrive("w1", amounts=[100.0, -5.0, -6.0])
+    theatre.play()
+    mao.resubmit(theatre.pipeline, theatre.store, "loans/w1", {"A1": {"amount": 200}})
+    for request in theatre.tick("inquiry"):
+        assert theatre.launch(request).success
+    mao.resubmit(theatre.pipeline, theatre.store, "loans/w1", {"A2": {"amount": 300}})
+    assert decided_on(theatre, "loans/w1") == {"A1": "resubmitted", "A2": "resubmitted"}
+    mao.resubmit(theatre.pipeline, theatre.store, "loans/w1", {"A1": {"amount": 250}})
+    theatre.play()
+    entry = theatre.store.effective("loans/w1")["applications"]
+    assert dict(theatre.store.read(entry).select("id", "amount").collect().rows()) == {"A0": 100.0, "A1": 250.0, "A2": 300.0}
+    assert decided_on(theatre, "loans/w1") == {}
+
+
+def test_what_an_attempt_did_that_later_data_replaced_midway_is_undone_once_that_is_through(theatre: Theatre) -> None:
+    """None of its runs failed, and it never completes: the naive sensor waits for ever."""
+    theatre.arrive("w1", amounts=[100.0, 200.0])
+    for request in theatre.tick("inquiry"):
+        assert theatre.launch(request).success
+    assert standing(theatre) == {("inquiry", "A0"): 1, ("inquiry", "A1"): 1}
+    theatre.arrive("w1", amounts=[100.0, 250.0])
+    assert theatre.tick("loans_compensation") == [], "what it did may be needed by what replaces it"
+    theatre.play()
+    assert theatre.store.effective("loans/w1").keys() == {"applications", "inquiry", "approval"}
+    assert standing(theatre) == {("inquiry", "A0"): 1, ("inquiry", "A1"): 2}
+    before = theatre.store.effective("loans/w1")
+    (compensation,) = compensate(theatre)
+    assert compensation.success
+    assert standing(theatre) == {("inquiry", "A0"): 1, ("inquiry", "A1"): 1}
+    assert theatre.store.effective("loans/w1") == before
+    assert theatre.tick("loans_compensation") == []
