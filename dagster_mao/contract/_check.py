@@ -141,6 +141,8 @@ def conformed(lazy: pl.LazyFrame, present: Mapping[str, pl.DataType], schema: Ma
 
 # --- the pass over all rows --------------------------------------------------------------------------------------------------------------
 
+_BROKEN = "\x00broken "
+
 
 @dataclass(frozen=True)
 class _Found:
@@ -185,9 +187,11 @@ def _count(lazy: pl.LazyFrame, rules: Sequence[Rule], key: str | None, positions
     takes 45.
     """
     named = [rule for rule in rules if rule.name.endswith(CALENDAR)] if positions else rules
-    columns = [pl.len().alias("rows")] + [rule.broken.any().alias(f"rule {i}") for i, rule in enumerate(named)]
+    # A step of their own: `list.eval` under `arg_true` makes polars 2.1 panic, where the engine puts a list's chunks together again.
+    lazy = lazy.with_columns(rule.broken.alias(f"{_BROKEN}{rule.name}") for rule in rules)
+    columns = [pl.len().alias("rows")] + [pl.col(f"{_BROKEN}{rule.name}").any().alias(f"rule {i}") for i, rule in enumerate(named)]
     if positions and rules:
-        columns.append(pl.any_horizontal(rule.broken for rule in rules).arg_true().implode().alias("positions"))
+        columns.append(pl.any_horizontal(f"{_BROKEN}{rule.name}" for rule in rules).arg_true().implode().alias("positions"))
     if key is not None:
         hashes = _hash(pl.col(key).drop_nulls()).sort()
         columns.append(hashes.map_batches(_repeated, return_dtype=pl.List(pl.UInt64), returns_scalar=True).alias("hashes"))

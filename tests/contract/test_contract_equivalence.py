@@ -598,3 +598,19 @@ def test_an_engine_that_casts_first_lets_another_value_pass(dtype: Any) -> None:
     assert frame.select(pl.col("x").cast(pl.Int64, strict=False)).item() != 2**63
     (failure, *_) = Contract(one_column(int)).check(frame).failures
     assert failure.rule.startswith("schema: column 'x' is ")
+
+
+class Listed(BaseModel):
+    x: frozenset[dt.date] | None
+    y: int | None
+
+
+def test_lists_are_judged_however_the_engine_cuts_the_batch() -> None:
+    """polars 2.1 panics where `list.eval` is evaluated under `arg_true` and the engine cuts the batch; with two threads, at 3 rows."""
+    first, again = dt.date(2020, 1, 1), [dt.date(2021, 1, 1)] * 2
+    contract = compiled(Listed)
+    for rows in range(2, 40):
+        frame = pl.DataFrame({"x": [[first], again, *[[]] * (rows - 2)], "y": range(rows)}, schema=contract.schema)
+        sifted = contract.sift(frame)
+        assert sifted.broken["_row"].to_list() == [1]
+        assert sifted.valid.collect().equals(frame.filter(pl.Series(range(rows)) != 1))

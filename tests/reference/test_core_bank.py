@@ -54,6 +54,7 @@ def test_of_many_cancellations_at_once_one_takes_effect(bank):
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(lambda _: bank.cancel("k", 0), range(24))) == 1
 
+
 def test_a_posting_under_way_when_the_step_ends_is_finished_first(bank):
     with ThreadPoolExecutor(1) as thread:
         with bank._ledger() as ledger:  # of a thread for which nobody waits, as of a call that timed out
