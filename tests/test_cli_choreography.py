@@ -21,6 +21,8 @@ from dagster_mao.state import StateStore
 from tests.choreography.loans import Ledger, arrive, elsewhere, loans
 
 PIPELINE = loans(inbox=mao.MicroBatch(size=1000, wait=0))
+WITH_ELSEWHERE = loans("hybrid", elsewhere=["letter"])
+NAMED_ELSEWHERE = "tests.test_cli_choreography:WITH_ELSEWHERE"
 EVENTS = [{"id": f"A{number}", "amount": 100.0 + number} for number in range(3)]
 
 
@@ -204,3 +206,17 @@ def test_which_pattern_suits_is_told_with_the_reasons(store: StateStore) -> None
 
 
 WITHOUT, ORCHESTRATED, ELSEWHERE = loans(), loans("orchestration"), elsewhere()
+
+
+def test_an_agent_of_another_code_location_is_shown_as_never_seen(store: StateStore, tmp_path: Path) -> None:
+    call("choreography", NAMED_ELSEWHERE)
+    told = call("choreography", NAMED_ELSEWHERE, "--agent", "letter").output
+    assert "letter (elsewhere)" in told
+    assert "never seen" in told
+    arrive(store, "w1", pipeline=WITH_ELSEWHERE)
+    drain(store, WITH_ELSEWHERE, resources={"ledger": Ledger(tmp_path)})
+    told = call("choreography", NAMED_ELSEWHERE, "--stuck-after", "0", code=1).output
+    assert "never seen: DEAD" in told
+    assert "'letter'" in call("choreography", NAMED_ELSEWHERE, "--agent", "letter", "--redeliver", code=2).output, (
+        "its own location does that"
+    )

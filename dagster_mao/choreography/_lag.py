@@ -6,7 +6,7 @@ import datetime as dt
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -40,6 +40,10 @@ class SubscriberState:
     again, by the class of the error in `errors`. `refused`: what came to it and had been done. `joining`: workflows of which it has some
     of what it reads and not all; `stuck` are those that wait for what has failed, or for too long. `beat`: when it last looked, meaning to
     look again `every` so many seconds; `is_dead` when it has not for three times that.
+
+    `is_elsewhere`: of an agent of another code location that attempts are complete with. Where it has looked, all this is as it noted it
+    then; where it never has, due is each workflow that all agents here have sealed, and it has not. What is stuck for it, its own location
+    says.
     """
 
     pipeline: str
@@ -55,6 +59,7 @@ class SubscriberState:
     beat: dt.datetime | None = None
     every: float | None = None
     is_dead: bool = False
+    is_elsewhere: bool = False
 
     @property
     def is_healthy(self) -> bool:
@@ -70,14 +75,16 @@ class SubscriberState:
 
 
 def lag(store: StateStore, pipeline: Pipeline, *, stuck_after: float = STUCK_AFTER) -> list[SubscriberState]:
-    """How each subscriber of a pipeline stands, in topological order, after its inbox, if it has one.
+    """How each subscriber of a pipeline stands, in topological order, after its inbox, if it has one, and before agents `elsewhere`.
 
     By what its last look noted, and what was sealed since; by the whole log only where it has never looked, or its notes are lost.
     `stuck_after`: for how many seconds a join may wait for what is under way. Changes nothing. Raises `StoreError`.
     """
     noted = _Noted.of(store, pipeline)
     stood = _stood(store, noted)
-    states = [_state(one, stood, noted, stuck_after) for one in noted.who]
+    states = [_state(one.agent, stood[one.agent], noted, pipeline.name, stuck_after) for one in noted.who]
+    states = [replace(one, stuck=tuple(_stuck(stood[one.agent], stood, noted, stuck_after))) for one in states]
+    states += [_of_elsewhere(store, pipeline, agent, noted, stuck_after) for agent in pipeline.elsewhere]
     return [*([_of_inbox(pipeline, noted, stuck_after)] if pipeline.inbox is not None else []), *states]
 
 
@@ -206,14 +213,13 @@ def _of_standing(standing: Standing, before: _Open | None) -> _Open | None:
     return None
 
 
-def _state(subscriber: Subscriber, stood: Mapping[str, Mapping[str, _Open]], noted: _Noted, stuck_after: float) -> SubscriberState:
-    agent, states = subscriber.agent, Counter(one.state for one in stood[subscriber.agent].values())
-    mine = stood[agent]
+def _state(agent: str, mine: Mapping[str, _Open], noted: _Noted, pipeline: str, stuck_after: float) -> SubscriberState:
+    states = Counter(one.state for one in mine.values())
     errors = Counter(one.error or "?" for one in mine.values() if one.state == "failed")
     due = [one for one in mine.values() if one.state in ("waiting", "claimed")]
     oldest = max((max(0.0, noted.now - one.since) for one in due), default=None)
     return SubscriberState(
-        subscriber.pipeline,
+        pipeline,
         agent,
         due=len(due),
         oldest=oldest,
@@ -222,9 +228,22 @@ def _state(subscriber: Subscriber, stood: Mapping[str, Mapping[str, _Open]], not
         errors=dict(sorted(errors.items())),
         refused=noted.refused.get(agent, 0),
         joining=states["joining"],
-        stuck=tuple(_stuck(mine, stood, noted, stuck_after)),
         **noted.life(agent, oldest, stuck_after),
     )
+
+
+def _of_elsewhere(store: StateStore, pipeline: Pipeline, agent: str, noted: _Noted, stuck_after: float) -> SubscriberState:
+    mine = noted.open.get(agent, {}) if agent in noted.looked else _awaited(store, pipeline, agent)
+    return replace(_state(agent, mine, noted, pipeline.name, stuck_after), is_elsewhere=True)
+
+
+def _awaited(store: StateStore, pipeline: Pipeline, agent: str) -> dict[str, _Open]:
+    """The workflows that lack nothing of the agents here, and something of an agent of which only the name is known."""
+    rows = store.sealed(pipeline.name)
+    here = standings(rows, Subscriber(pipeline.name, "", pipeline.order, ()))
+    there = standings(rows, Subscriber(pipeline.name, "", (agent,), ()))
+    due = {name: one.due for name, one in here.items() if one.due is not None and there[name].due is None}
+    return {name: _Open("waiting", one.since.timestamp()) for name, one in due.items()}
 
 
 def _stuck(mine: Mapping[str, _Open], stood: Mapping[str, Mapping[str, _Open]], noted: _Noted, stuck_after: float) -> Iterable[Stuck]:

@@ -190,6 +190,8 @@ def choreography_command(
 ) -> None:
     """Show how the subscribers of a pipeline stand: what is due and for how long, joins that are stuck, what failed, who is dead.
 
+    Agents of other code locations that attempts are complete with are among them: where they have never been seen, it says so.
+
     Exits with 1 when a subscriber is dead or a join is stuck.
     """
     from dagster_mao.choreography import lag, redeliver, subscribers
@@ -198,6 +200,7 @@ def choreography_command(
     store = store_to_write(root, storage_option, database)
     names = {one.agent for own in pipelines for one in subscribers(own)}
     there = names | {own.entry_name for own in pipelines if own.inbox is not None}
+    there |= set() if redeliver_ else {name for own in pipelines for name in own.elsewhere}
     if unknown := sorted(set(agent or ()) - there):
         misused(f"{pipeline} has no subscriber {unknown[0]!r}; it has {', '.join(sorted(there)) or 'none'}")
     if workflow and not redeliver_:
@@ -206,7 +209,8 @@ def choreography_command(
     if redeliver_:
         wanted = ((own, one.agent) for own in pipelines for one in subscribers(own))
         again = sum(redeliver(store, own, name, workflow) for own, name in wanted if not agent or name in agent)
-    states = [one for own in pipelines for one in lag(store, own, stuck_after=stuck_after) if not agent or one.agent in agent]
+    every = [one for own in pipelines for one in lag(store, own, stuck_after=stuck_after) if not agent or one.agent in agent]
+    states = [one for one in every if not (one.is_elsewhere and one.agent in names)]
     is_healthy = all(one.is_healthy for one in states)
     if json_:
         told = {"pipeline": pipelines[0].name, "is_healthy": is_healthy, "subscribers": [one.as_metadata() for one in states]}
@@ -225,7 +229,8 @@ def _print_states(pipeline: Pipeline, states: Sequence[SubscriberState], again: 
         return
     table = grid("subscriber", "due", "oldest", "in flight", "joining", "failed", "refused", "looked", numbers=_NUMBERS)
     for one in states:
-        name = f"{one.agent} (inbox)" if one.agent == pipeline.entry_name else one.agent
+        what = " (inbox)" if one.agent == pipeline.entry_name else " (elsewhere)" if one.is_elsewhere else ""
+        name = f"{one.agent}{what}"
         counts = (one.due, _span(one.oldest), one.in_flight, one.joining, one.failed, one.refused)
         table.add_row(cell(name), *(_number(count) for count in counts), _looked(one))
     console.print(table)
@@ -266,7 +271,8 @@ def _span(seconds: float | None) -> str:
 
 def _looked(one: SubscriberState) -> Text:
     if one.beat is None:
-        return Text("never: DEAD" if one.is_dead else "never", style="red" if one.is_dead else "dim")
+        never = "never seen" if one.is_elsewhere else "never"
+        return Text(f"{never}: DEAD" if one.is_dead else never, style="red" if one.is_dead else "dim")
     ago = _span(max(0.0, dt.datetime.now(dt.timezone.utc).timestamp() - one.beat.timestamp()))
     every = "by hand" if one.every is None else f"every {_span(one.every)}"
     return Text(f"{ago} ago, {every}{': DEAD' if one.is_dead else ''}", style="red" if one.is_dead else "")

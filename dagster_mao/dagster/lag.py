@@ -1,7 +1,7 @@
 """How agents that start by themselves stand, between runs too: a check of each one's asset, told by a sensor when it changes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import dagster as dg
@@ -30,7 +30,8 @@ def build_lag_checks(pipeline: Pipeline) -> dg.AssetChecksDefinition:
     def look(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         states = {state.agent: state for state in lag(getattr(context.resources, STATE_STORE).store(), pipeline)}
         for key in sorted(context.selected_asset_check_keys):
-            told = _verdict(states[key.asset_key.path[-1]])
+            agent = key.asset_key.path[-1]
+            told = _verdict(states[agent], _others(pipeline, agent, states.values()))
             yield dg.AssetCheckResult(check_name=LAG, asset_key=key.asset_key, **told)
 
     return look
@@ -56,9 +57,10 @@ def build_lag_sensor(
     )
     def lag_sensor(context: dg.SensorEvaluationContext) -> Any:
         states = lag(getattr(context.resources, STATE_STORE).store(), pipeline)
-        before, now = _parsed(context.cursor), {state.agent: _essence(state) for state in states}
-        events = [_evaluation(pipeline, state) for state in states if before.get(state.agent) != now[state.agent]]
-        unwell = [f"{state.agent}: {_sentence(state)}" for state in states if not state.is_healthy]
+        told = [(state, _others(pipeline, state.agent, states)) for state in states if not state.is_elsewhere]
+        before, now = _parsed(context.cursor), {state.agent: _essence(state, others) for state, others in told}
+        events = [_evaluation(pipeline, *one) for one in told if before.get(one[0].agent) != now[one[0].agent]]
+        unwell = [_sentence(one) if one.is_elsewhere else f"{one.agent}: {_sentence(one)}" for one in states if not one.is_healthy]
         reason = "; ".join(unwell) or f"{sum(state.due for state in states)} versions are due, and nothing is stuck."
         return dg.SensorResult(asset_events=events, cursor=json.dumps(now), skip_reason=reason)
 
@@ -70,27 +72,44 @@ def watched(pipeline: Pipeline) -> list[str]:
     return [name for name in pipeline.order if name != pipeline.entry_name or pipeline.inbox is not None]
 
 
-def _evaluation(pipeline: Pipeline, state: SubscriberState) -> dg.AssetCheckEvaluation:
-    return dg.AssetCheckEvaluation(asset_key=dg.AssetKey([pipeline.name, state.agent]), check_name=LAG, **_verdict(state))
+def _others(pipeline: Pipeline, agent: str, states: Iterable[SubscriberState]) -> list[SubscriberState]:
+    """Agents of other code locations that are dead, or were never seen. They have no check here: the last agent's tells of them."""
+    if agent != pipeline.order[-1]:
+        return []
+    return [state for state in states if state.is_elsewhere and (state.is_dead or state.beat is None)]
 
 
-def _verdict(state: SubscriberState) -> dict[str, Any]:
-    is_well = state.is_healthy and not state.failed
+def _evaluation(pipeline: Pipeline, state: SubscriberState, others: Sequence[SubscriberState]) -> dg.AssetCheckEvaluation:
+    return dg.AssetCheckEvaluation(asset_key=dg.AssetKey([pipeline.name, state.agent]), check_name=LAG, **_verdict(state, others))
+
+
+def _verdict(state: SubscriberState, others: Sequence[SubscriberState]) -> dict[str, Any]:
+    is_dead = state.is_dead or any(other.is_dead for other in others)
     return {
-        "passed": is_well,
-        "severity": dg.AssetCheckSeverity.ERROR if state.is_dead else dg.AssetCheckSeverity.WARN,
-        "description": _sentence(state),
+        "passed": state.is_healthy and not state.failed and not is_dead,
+        "severity": dg.AssetCheckSeverity.ERROR if is_dead else dg.AssetCheckSeverity.WARN,
+        "description": " ".join([_sentence(state), *(_of_another(other) for other in others)]),
         "metadata": {
             **{name: getattr(state, name) for name in ("due", "in_flight", "failed", "refused", "joining")},
             "oldest_seconds": float(state.oldest or 0.0),
             **({"last_look": dg.MetadataValue.timestamp(state.beat)} if state.beat else {}),
             **({"errors": dg.MetadataValue.json(dict(state.errors))} if state.errors else {}),
             **({"stuck": _stuck_table(state)} if state.stuck else {}),
+            **({"elsewhere": dg.MetadataValue.json({other.agent: other.due for other in others})} if others else {}),
         },
     }
 
 
+def _of_another(state: SubscriberState) -> str:
+    waiting = f": {state.due} {'workflow waits' if state.due == 1 else 'workflows wait'} for it" if state.due else ""
+    if state.beat is None:
+        return f"{state.agent}, which runs elsewhere, has never been seen{waiting}."
+    return f"Nobody has looked for {state.agent}, which runs elsewhere, since {state.beat:%Y-%m-%d %H:%M:%S} UTC{waiting}."
+
+
 def _sentence(state: SubscriberState) -> str:
+    if state.is_elsewhere:
+        return _of_another(state)
     told = []
     if state.is_dead:
         when = f"since {state.beat:%Y-%m-%d %H:%M:%S} UTC" if state.beat else "ever"
@@ -113,10 +132,11 @@ def _stuck_table(state: SubscriberState) -> dg.TableMetadataValue:
     return dg.MetadataValue.table(rows, schema=dg.TableSchema([dg.TableColumn(name) for name in names]))
 
 
-def _essence(state: SubscriberState) -> list[Any]:
+def _essence(state: SubscriberState, others: Sequence[SubscriberState]) -> list[Any]:
     """What, when it changes, is told anew: not how old things are."""
     stuck = sorted(one.workflow_id for one in state.stuck)
-    return [state.due, state.in_flight, state.failed, state.refused, state.joining, stuck, state.is_dead]
+    told = [state.due, state.in_flight, state.failed, state.refused, state.joining, stuck, state.is_dead]
+    return [*told, *([other.agent, other.due, other.is_dead] for other in others)]
 
 
 def _parsed(cursor: str | None) -> dict[str, Any]:

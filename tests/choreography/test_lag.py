@@ -12,9 +12,10 @@ import dagster_mao as mao
 from dagster_mao.choreography import SubscriberState, abandon, cut, drain, lag, redeliver, run_batch, submit, take, tick
 from dagster_mao.choreography._tables import DELIVERIES, SUBSCRIBERS, shared
 from dagster_mao.state import StateStore
-from tests.choreography.loans import AGENTS, NAMES, Decision, Ledger, Score, arrive, elsewhere, loans
+from tests.choreography.loans import AGENTS, NAMES, Decision, Ledger, Score, arrive, elsewhere, loans, notify
 
 EAGER = mao.MicroBatch(size=500, wait=0)
+ELSEWHERE = mao.Pipeline("loans", listens={"approval": Decision}, agents=[notify], mode="hybrid", micro_batch=EAGER)
 
 
 def states(store: StateStore, pipeline: mao.Pipeline | None = None, **options: float) -> dict[str, SubscriberState]:
@@ -218,3 +219,39 @@ def test_it_is_told_in_plain_values(local_store: StateStore, ledger: Ledger) -> 
     assert json.loads(json.dumps(told)) == told
     assert told[2]["stuck"][0]["missing"] == ["income"]
     assert told[2]["is_healthy"] is False
+
+
+# -- other code locations ------------------------------------------------------------------------------------------------------------
+
+
+def of_elsewhere(store: StateStore) -> SubscriberState:
+    last = lag(store, loans("hybrid", elsewhere=["notify"], micro_batch=EAGER))[-1]
+    assert (last.agent, last.is_elsewhere) == ("notify", True)
+    return last
+
+
+def test_an_agent_elsewhere_that_nobody_runs_is_shown_and_dead_once_attempts_wait_for_it(local_store: StateStore, ledger: Ledger) -> None:
+    pipeline = loans("hybrid", elsewhere=["notify"], micro_batch=EAGER)
+    assert of_elsewhere(local_store) == SubscriberState("loans", "notify", is_elsewhere=True), "nobody has seen it, and nothing waits"
+    arrive(local_store, "w1", "w2", pipeline=pipeline)
+    ledger.fail("approval loans/w2")
+    drain(local_store, pipeline, resources={"ledger": ledger})
+    state = of_elsewhere(local_store)
+    assert (state.due, state.beat, state.is_dead) == (1, None, False), "what has not come through here does not wait for it yet"
+    state = lag(local_store, pipeline, stuck_after=0)[-1]
+    assert (state.is_dead, state.is_healthy) == (True, False)
+
+
+def test_an_agent_elsewhere_that_has_looked_stands_as_it_noted(
+    shared_state: StateStore, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrive(shared_state, "w1", pipeline=loans("hybrid", elsewhere=["notify"]))
+    drain(shared_state, loans("hybrid", elsewhere=["notify"]), resources={"ledger": ledger})
+    (made,) = tick(shared_state, ELSEWHERE, "notify", every=5.0)
+    state = of_elsewhere(shared_state)
+    assert (state.due, state.in_flight, state.every, state.is_dead) == (1, 1, 5.0, False)
+    list(run_batch(shared_state, ELSEWHERE, "notify", made.run_key, run_id="run", resources={"ledger": ledger}))
+    assert of_elsewhere(shared_state).due == 0
+    if shared(shared_state).file is not None:
+        move(shared_state, monkeypatch, 100.0)
+        assert of_elsewhere(shared_state).is_dead, "its sensor looks no more"

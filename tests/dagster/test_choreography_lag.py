@@ -66,6 +66,31 @@ def test_a_subscriber_that_nobody_looks_after_is_dead(theatre: Theatre, monkeypa
     assert theatre.check("score", "lag").passed
 
 
+def test_an_agent_of_another_code_location_that_was_never_seen_is_told_by_the_last_one_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever names one that nobody runs has attempts that never count, and the others' checks pass."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        theatre = Theatre(tmp_path, instance, loans("hybrid", elsewhere=["letter"], micro_batch=EAGER))
+        theatre.arrive("w1")
+        theatre.play()
+        theatre.tick("lag")
+        check = theatre.check("approval", "lag")
+        assert (check.passed, check.metadata["elsewhere"].value) == (True, {"letter": 1})
+        assert "letter, which runs elsewhere, has never been seen: 1 workflow waits for it." in check.description
+        assert "letter" not in theatre.check("risk", "lag").description
+        database = shared_store(str(theatre.store.database))
+        clock = database._clock
+        monkeypatch.setattr(database, "_clock", lambda: clock() + 1000)
+        for agent in ("score", "income", "risk", "approval"):
+            theatre.tick(agent)
+        theatre.tick("lag")
+        check = theatre.check("approval", "lag")
+        assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.ERROR)
+        assert theatre.check("risk", "lag").passed
+        assert "letter, which runs elsewhere, has never been seen" in str(theatre.reasons["lag"])
+
+
 def test_executed_by_hand_it_looks_now(theatre: Theatre) -> None:
     theatre.arrive("w1")
     job = theatre.defs.resolve_implicit_global_asset_job_def()
