@@ -7,7 +7,7 @@ a `Pipeline` wires them, `run` runs one without Dagster. The names of the Dagste
 from typing import TYPE_CHECKING, Any
 
 from dagster_mao.advice import Advice, advise
-from dagster_mao.agent import Agent, AgentContext, MicroBatch, Quarantine, Undo, agent
+from dagster_mao.agent import Agent, AgentContext, Judge, MicroBatch, Quarantine, Undo, Verdict, agent
 from dagster_mao.contract import DataFrame, FromFallback, Key, LazyFrame, Personal
 from dagster_mao.errors import (
     AgentCallError,
@@ -74,6 +74,7 @@ __all__ = [
     "FromFallback",
     "IncompatibleContractError",
     "InvalidRecordsError",
+    "Judge",
     "Key",
     "LLMRequestError",
     "LazyFrame",
@@ -103,6 +104,7 @@ __all__ = [
     "Undo",
     "UnknownBreakerError",
     "UnknownVersionError",
+    "Verdict",
     "WiringError",
     "advise",
     "agent",

@@ -162,7 +162,7 @@ class Pipeline:
     @property
     def resources(self) -> tuple[str, ...]:
         """Names of all resources that its agents need, sorted."""
-        return tuple(sorted({name for a in self.agents.values() for name in a.resources}))
+        return tuple(sorted({name for a in self.agents.values() for name in a.all_resources}))
 
     def node(self, agent: str) -> Agent:
         """The agent (or the entry) of that name. WiringError if the pipeline has no such agent."""

@@ -81,13 +81,12 @@ def run(
                 pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=pipeline.plan, entry=pipeline.entry_name, workflow_key=workflow
             )
             given = records if name == pipeline.entry_name else None
-            own = {taken: resources[taken] for taken in agent.resources if resources and taken in resources}
             outcome = run_agent(
                 store,
                 agent,
                 attempt,
                 resources=resources,
-                config_digest=config_digest(own),
+                config_digest=config_digest(agent.own_resources(resources)),
                 partition_key=workflow,
                 records=given,
                 policies=changes,

@@ -47,7 +47,7 @@ async def research(ctx: mao.AgentContext, topics: Topic, *, llm: mao.LLM) -> Res
     return await llm.ask(Research, prompt, topics, given={"timestamp": ctx.now})
 
 
-@mao.agent
+@mao.agent(judges=[mao.Judge("modest", rubric="The conclusion claims no more than its sources carry.", model="gpt-4o-mini")])
 def analysis(research: TrustedResearch) -> Analysis:
     """Runs only if every record of the research is trusted."""
     return Analysis(topic=research.topic, conclusion=f"{research.findings[0]} (sources: {len(research.sources)})")

@@ -10,6 +10,7 @@ from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, S
 from dagster_mao.agent._effects import EffectKind, NoEffects, Undo, call_compensate, check_pivots, is_async_undo
 from dagster_mao.agent._fallback import Fallback, check_policy
 from dagster_mao.agent._guard import current
+from dagster_mao.agent._judge import Judge, Verdict, check_asked, check_judge_policy
 from dagster_mao.agent._registration import registration
 
 __all__ = [
@@ -21,13 +22,17 @@ __all__ = [
     "Fallback",
     "FunctionAgent",
     "Input",
+    "Judge",
     "MicroBatch",
     "NoEffects",
     "Quarantine",
     "Shape",
     "Undo",
+    "Verdict",
     "agent",
     "call_compensate",
+    "check_asked",
+    "check_judge_policy",
     "check_pivots",
     "check_policy",
     "current",

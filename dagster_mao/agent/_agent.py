@@ -24,6 +24,7 @@ from dagster_mao.agent._declared import NAME, AgentContext, Input, Quarantine, S
 from dagster_mao.agent._effects import EffectKind, NoEffects, check_effects, undo_resources
 from dagster_mao.agent._fallback import Fallback, check_policy
 from dagster_mao.agent._guard import awaiting, calling, executing, refuse_nested, stepping
+from dagster_mao.agent._judge import Judge, judges_of
 from dagster_mao.agent._source import canonical, names_loaded, source_of
 from dagster_mao.contract import Contract
 from dagster_mao.errors import MaoError, WiringError
@@ -56,7 +57,8 @@ class Agent:
     (a `Policy`: how its calls are made), `readers` (who may read what it seals: names of agents, keys of assets as "a/b"; else anybody),
     `micro_batch` (a `MicroBatch`: how many workflows one run takes in choreography) and
     `expectations` (about the batch as a whole: a list of Great Expectations' expectations or dicts, an `ExpectationSuite`, the path of a
-    suite file, which counts as a code file, or `Expectations` of these).
+    suite file, which counts as a code file, or `Expectations` of these), `judges` (a list of `Judge`: who says of a sample of its records
+    whether they keep a rubric).
 
     `inputs`, `output` and the like are read from the signature when first asked for and raise WiringError naming agent, field and fix.
     """
@@ -76,6 +78,7 @@ class Agent:
     policy: Policy | None = None
     micro_batch: MicroBatch | None = None
     expectations: Any = ()
+    judges: Sequence[Judge] = ()
     effects: EffectKind = "read_only"
     compensate: Any = None
     undo_policy: Policy | None = None
@@ -120,7 +123,7 @@ class Agent:
     def resolve(self) -> None:
         """Read the whole declaration now, as a pipeline does when it is built, so that whatever is wrong is said at load."""
         self._check_attributes()
-        _ = self.inputs, self.output, self.fallback, self.resources, self.suite, self.agent_version
+        _ = self.inputs, self.output, self.fallback, self.resources, self.suite, self.agent_version, self.panel
         self._check_quarantine()
         check_effects(self)
         if self.policy is not None:
@@ -152,6 +155,11 @@ class Agent:
         """What it expects of its batch as a whole; false when it declares no `expectations`."""
         return Suite.of(self.expectations, self.output, agent=self.name, home=self._home) if self.expectations else Suite.empty(self.name)
 
+    @cached_property
+    def panel(self) -> tuple[Judge, ...]:
+        """Its judges, with their rubrics read."""
+        return judges_of(self, self._home) if self.judges else ()
+
     @property
     def returns_many(self) -> bool:
         """Whether it returns a collection of records, as only an entry may."""
@@ -176,6 +184,15 @@ class Agent:
     def resources(self) -> tuple[str, ...]:
         """Names of the keyword-only parameters without a default, its fallback's too. One with a default is a constant of the function."""
         return tuple(dict.fromkeys((*self._parameters.resources, *(self.fallback.agent.resources if self.fallback else ()))))
+
+    @property
+    def all_resources(self) -> tuple[str, ...]:
+        """Names of the resources that its step needs: its own, and those of its judges."""
+        return tuple(dict.fromkeys((*self.resources, *(name for judge in self.panel for name in judge.resources))))
+
+    def own_resources(self, resources: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Of these resources the ones that `execute` takes: its configuration is theirs, and not that of its judges."""
+        return {name: resources[name] for name in self.resources if resources and name in resources}
 
     @property
     def undo_resources(self) -> tuple[str, ...]:
@@ -575,6 +592,7 @@ def agent(
     policy: Policy | None = ...,
     micro_batch: MicroBatch | None = ...,
     expectations: Any = ...,
+    judges: Sequence[Judge] = ...,
     effects: EffectKind | None = ...,
     compensate: Callable[..., Any] | None = ...,
     undo_policy: Policy | None = ...,
@@ -602,6 +620,7 @@ def agent(
     policy: Policy | None = None,
     micro_batch: MicroBatch | None = None,
     expectations: Any = (),
+    judges: Sequence[Judge] = (),
     effects: EffectKind | None = None,
     compensate: Callable[..., Any] | None = None,
     undo_policy: Policy | None = None,
@@ -628,6 +647,7 @@ def agent(
         "policy": policy,
         "micro_batch": micro_batch,
         "expectations": expectations,
+        "judges": judges,
         "effects": effects,
         "compensate": compensate,
         "undo_policy": undo_policy,

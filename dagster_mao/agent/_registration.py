@@ -32,4 +32,6 @@ def registration(agent: Agent) -> dict[str, Any]:
         "effects": agent.effects,
         "undo_policy": agent.undo_policy.describe() if agent.undo_policy else None,
         "irreversible_because": agent.irreversible_because,
+        # Left out where there are none, so that other agents are what they were before there were judges.
+        **({"judges": {judge.name: judge.describe() for judge in agent.panel}} if agent.panel else {}),
     }

@@ -18,6 +18,7 @@ from dagster_mao.boundary._call import Calls, RecordCalls, WholeCall
 from dagster_mao.boundary._checks import BREAKER, OUTPUT, PINNED_BASE, Check, check_names, input_check
 from dagster_mao.boundary._effects import journaled
 from dagster_mao.boundary._expect import REPORT
+from dagster_mao.boundary._judging import VERDICTS, Judgement, Judging, asked_about, judge_policy
 from dagster_mao.boundary._policy import EVERY, UNKEPT, in_force
 from dagster_mao.boundary._rehearsal import Rehearsal, WouldBe, WouldHave
 from dagster_mao.boundary._scratch import Scratch
@@ -32,14 +33,18 @@ __all__ = [
     "PINNED_BASE",
     "REPORT",
     "UNKEPT",
+    "VERDICTS",
     "Check",
+    "Judgement",
     "Outcome",
     "Rehearsal",
     "WouldBe",
     "WouldHave",
+    "asked_about",
     "check_names",
     "in_force",
     "input_check",
+    "judge_policy",
     "run_agent",
 ]
 
@@ -99,6 +104,14 @@ def run_agent(
                 having=NoEffects(agent.name) if agent.effects == "read_only" else rehearsal.effects if rehearsal else None,
                 log=WorkflowLog(log or logging.getLogger(f"dagster_mao.agent.{agent.name}"), whose),
             )
+            judging = files.enter_context(
+                Judging(
+                    *(store, agent, attempt, context, resources or {}, scratch, frames),
+                    policies=policies or {},
+                    fresh=fresh,
+                    judges=() if rehearsal else None,  # what is done once more is not judged once more
+                )
+            )
             started = time.perf_counter()
             provenance: dict[str, Any] = {
                 "agent_version": agent.agent_version,
@@ -108,6 +121,7 @@ def run_agent(
                 "readers": None if agent.readers is None else tuple(agent.readers),
                 "seed": context.seed,
                 "started": started,
+                "judging": judging,
             }
             if records is not None:
                 return step.seal(step.as_frame(records), pinned, frames, policy=policy, **provenance)

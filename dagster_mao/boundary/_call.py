@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from operator import sub
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 from pydantic import BaseModel, ValidationError
@@ -202,13 +202,23 @@ def own(agent: Agent) -> Policy:
     return replace(agent.policy or Policy(), keep_answers=0)
 
 
+class Unanswered(Protocol):
+    """Where the records go that were not answered: a step, or whatever else makes calls."""
+
+    aside: Any
+    deferrals: Any
+
+    def may_set_aside(self, more: int) -> bool: ...
+    def refuse_share(self) -> None: ...
+
+
 # -- records, one by one ---------------------------------------------------------------------------------------------------------------
 
 
 class RecordCalls:
     """A record-wise agent's calls, a chunk of records after the other: models of one chunk are alive at a time."""
 
-    def __init__(self, calls: Calls, step: Step) -> None:
+    def __init__(self, calls: Calls, step: Unanswered) -> None:
         self._calls, self._step, self._agent = calls, step, calls.agent
         self._model, self._contract = calls.agent.output.model, calls.agent.output
         self._asking, self._answers, self._tell = calls.asking, calls.answers, calls.log.tell

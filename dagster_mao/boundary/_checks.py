@@ -37,7 +37,8 @@ def input_check(upstream: str) -> str:
 def check_names(agent: Agent) -> list[str]:
     """The checks that every step of this agent evaluates, in order."""
     guarded = [BREAKER] if agent.policy and agent.policy.breaker else []
-    return [PINNED_BASE, *(input_check(i.upstream) for i in agent.inputs), *guarded, OUTPUT, *(e.name for e in agent.suite.expectations)]
+    asked = [*(e.name for e in agent.suite.expectations), *(judge.check for judge in agent.panel)]
+    return [PINNED_BASE, *(input_check(i.upstream) for i in agent.inputs), *guarded, OUTPUT, *asked]
 
 
 def judged(

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from pydantic import BaseModel
@@ -37,6 +37,9 @@ from dagster_mao.errors import (
 )
 from dagster_mao.gateway import Policy
 from dagster_mao.state import Attempt, CallSummary, Provenance, Seal, Staged, StateStore, refuse_reader, staged
+
+if TYPE_CHECKING:
+    from dagster_mao.boundary._judging import Judging
 
 _SAMPLES = 5
 _LIBRARY_VERSION = version("dagster-mao")
@@ -307,12 +310,13 @@ class Step:
         closed_since: dt.datetime | None = None,
         answered_instead: bool = False,
         summary: CallSummary | None = None,
+        judging: Judging | None = None,
         **provenance: Any,
     ) -> Outcome:
         """Holds the batch to the output contract and makes it a version, with what was set aside and what waits beside it.
 
         `opened` is the breaker's refusal that the `policy` in force had an answer to, `closed_since` when it closed after that, `summary`
-        what the calls came to.
+        what the calls came to. `judging` asks the agent's judges.
         """
         contract = self._output
         if policy is not None:
@@ -333,6 +337,7 @@ class Step:
             if policy is not None:
                 self.tell_breaker(policy, opened, fallbacks, closed_since)
             self._expect(batch, rows)
+            verdicts = self._judged(judging, batch, rows, files) if judging is not None and self._agent.panel else None
             sealed, reused = self._attempt.seal(
                 self._agent.name,
                 batch,
@@ -343,6 +348,7 @@ class Step:
                 quarantined=self._quarantined(),
                 deferred=self._staged_deferred(files),
                 deferred_count=self.deferrals.told,
+                verdicts=verdicts,
                 provenance=Provenance(
                     contract=contract.name,
                     contract_version=contract.version,
@@ -353,10 +359,13 @@ class Step:
                     library_version=_LIBRARY_VERSION,
                     fallbacks=fallbacks or None,
                     policy=json.dumps(policy.describe(), sort_keys=True) if policy is not None and overridden else None,
+                    judged=judging.summary() if judging is not None and judging.judgements else None,
                     usage=summary.model_dump_json() if summary is not None and summary != CallSummary() else None,
                     **provenance,
                 ),
             )
+        if judging is not None:
+            judging.sealed(sealed)
         return Outcome(sealed, tuple(self._checks.values()), reused, summary or CallSummary())
 
     def _fallbacks(self, batch: Staged) -> int:
@@ -387,6 +396,13 @@ class Step:
         """Holds what would be sealed to what the agent expects of it as a whole."""
         self._checks |= {check.name: check for check in expected(self._store, self._agent, self._attempt, batch, rows)}
         self._refuse_if_failed()
+
+    def _judged(self, judging: Judging, batch: Staged, rows: int, files: ExitStack) -> Staged | None:
+        """What the judges say of it, as a file to be sealed; None where they had nothing to say."""
+        self._checks |= {check.name: check for check in (one.check() for one in judging.judge(batch.scan(), rows))}
+        self._refuse_if_failed()
+        said = judging.frame()
+        return files.enter_context(staged(self._store.objects, said)) if said.height else None
 
     def _without_doubled(self, sifted: Sifted) -> Sifted:
         """Without the rows under the key of a record that could be no row: a doubled key is doubled, however bad one of its records is."""

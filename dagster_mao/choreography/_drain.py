@@ -62,7 +62,7 @@ def drain(
                     *(store, pipeline, agent.name, batch.run_key),
                     run_id=uuid.uuid4().hex,
                     resources=own,
-                    config_digest=configuration.config_digest(own),
+                    config_digest=configuration.config_digest(agent.own_resources(own)),
                     policies=policies,
                     fresh=fresh,
                     log=log,
@@ -88,7 +88,7 @@ def _take_in(store: StateStore, pipeline: Pipeline, drained: Drained, *, resourc
                 *(store, pipeline, batch.run_key),
                 run_id=uuid.uuid4().hex,
                 resources=own,
-                config_digest=configuration.config_digest(own),
+                config_digest=configuration.config_digest(pipeline.entry.own_resources(own)),
                 **options,
             )
             counts[told.state] += 1
@@ -96,7 +96,7 @@ def _take_in(store: StateStore, pipeline: Pipeline, drained: Drained, *, resourc
 
 
 def _own(agent: Agent, resources: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {name: resources[name] for name in agent.resources if resources and name in resources}
+    return {name: resources[name] for name in agent.all_resources if resources and name in resources}
 
 
 def enter(
@@ -117,5 +117,5 @@ def enter(
     plan = pipeline.plan if pipeline.mode == "hybrid" else (entry.name,)
     attempt = store.open_attempt(pipeline=pipeline.name, attempt=run_id, run_id=run_id, plan=plan, entry=entry.name, workflow_key=workflow)
     own = _own(entry, resources)
-    digest = configuration.config_digest(own)
+    digest = configuration.config_digest(entry.own_resources(own))
     return run_agent(store, entry, attempt, resources=own, config_digest=digest, partition_key=workflow, records=records, log=log).seal

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from dagster_mao.cli._app import HOME, Json, Root, Storage, app
 from dagster_mao.cli._print import cell, counted, grid, misused, plain, print_json, sheet, short, status, terminal
-from dagster_mao.cli._where import imported, open_store, placed, project
+from dagster_mao.cli._where import imported, load_pipeline, open_store, placed, project, resources_of
 from dagster_mao.errors import StoreError
 from dagster_mao.review.bisect import Bisection, bisect
 from dagster_mao.review.history import facts
@@ -43,6 +43,10 @@ def bisect_command(
         str | None,
         typer.Option(metavar="NAME", help="An asset check that passed for a good version.", show_default=False),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="AGENT.JUDGE", help="A judge that passes a good version: asked live, which costs.", show_default=False),
+    ] = None,
     good: Annotated[
         str | None, typer.Option(metavar="VERSION|TIME", help="The good end; the first of all when left out.", show_default=False)
     ] = None,
@@ -52,6 +56,14 @@ def bisect_command(
     linear: Annotated[bool, typer.Option("--linear", help="Look at all versions, and tell all turns.")] = False,
     repeat: Annotated[int, typer.Option(min=1, help="Ask so often of each version, and take the majority: an odd number.")] = 1,
     spot_checks: Annotated[int, typer.Option(min=0, help="Look at so many more, to see whether the history turns once.")] = 0,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:ATTRIBUTE", help="The pipeline of the judge, else as in pyproject.toml.", show_default=False),
+    ] = None,
+    definitions: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:ATTRIBUTE", help="Dagster definitions with its resources, else as there.", show_default=False),
+    ] = None,
     dagster_home: Annotated[str | None, typer.Option(metavar="FOLDER", help="The Dagster that has the check.", show_default=False)] = None,
     json_: Json = False,
     root: Root = None,
@@ -61,19 +73,38 @@ def bisect_command(
 
     Exits with 0: found; 3: the last is good; 4: the first is bad; 5: it turns more than once; 1: an error; 2: wrong usage.
     """
-    said = [one for one in (holds, function, contract, check) if one is not None]
+    said = [one for one in (holds, function, contract, check, judge) if one is not None]
     if len(said) != 1:
-        misused("say once what is true of a good version: --holds, --function, --contract or --check")
+        misused("say once what is true of a good version: --holds, --function, --contract, --check or --judge")
     if repeat % 2 == 0:
         misused("--repeat takes an odd number: of an even one there may be no majority")
     store = open_store(root, storage_option)
-    with _predicate(name, agent, holds, function, contract, check, dagster_home) as predicate:
+    if judge is not None:
+        of, dot, _ = judge.partition(".")
+        if not dot or agent not in (None, of):
+            misused("a judge is named with its agent: --judge AGENT.JUDGE")
+        agent = of
+        chosen = _asked(name, judge, pipeline, definitions)
+    else:
+        chosen = _predicate(name, agent, holds, function, contract, check, dagster_home)
+    with chosen as predicate:
         found = bisect(store, name, predicate, agent=agent, first=good, last=bad, linear=linear, repeat=repeat, spot_checks=spot_checks)
     if json_:
         print_json(_as_json(found))
     else:
         _print(terminal(), found)
     raise typer.Exit(_CODES["not_monotone"] if not found.is_monotone else _CODES[found.verdict])
+
+
+@contextmanager
+def _asked(name: str, judge: str, pipeline: str | None, definitions: str | None) -> Iterator[Good]:
+    from dagster_mao.review.judging import AskedJudge
+
+    agent, _, called = judge.partition(".")
+    own = load_pipeline(pipeline, name if "/" in name else f"{name}/")
+    names = [one for declared in own.node(agent).panel if declared.name == called for one in declared.resources]
+    with resources_of(names, definitions, f"Asking {judge}") as resources:
+        yield AskedJudge(own, agent, called, resources)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_mao.agent import Agent
+from dagster_mao.agent import Agent, Judge
 from dagster_mao.boundary import BREAKER, OUTPUT, PINNED_BASE, Outcome, check_names, run_agent
 from dagster_mao.configuration import config_digest
 from dagster_mao.correlation import Whose, WorkflowLog
@@ -102,7 +102,7 @@ def build_asset(
         ins={_RECORDS: dg.AssetIn(source)} if source else {},
         check_specs=boundary_check_specs(pipeline, agent),
         # The step of a run over many partitions does them for all agents.
-        required_resource_keys={STATE_STORE, POLICIES, *(pipeline.resources if backfill_policy else one.resources)},
+        required_resource_keys={STATE_STORE, POLICIES, *(pipeline.resources if backfill_policy else one.all_resources)},
         pool=one.pool,
         # Then a step may go without outputs: what the sensors start is left to them, and what is told of many partitions is told by events.
         can_subset=is_subscriber or backfill_policy is not None,
@@ -156,7 +156,8 @@ def boundary_check_specs(pipeline: Pipeline, agent: str) -> list[dg.AssetCheckSp
     """The checks that an agent evaluates before anything is written; each but an expectation that only warns blocks what is downstream."""
     one = pipeline.node(agent)
     expected = {expectation.name: expectation for expectation in one.suite.expectations}
-    names = [name for name in check_names(one) if name not in expected]
+    judges = {judge.check: judge for judge in one.panel}
+    names = [name for name in check_names(one) if name not in expected and name not in judges]
     return [
         *(
             # A breaker is not of a partition: how it stands shows in one place, whichever run or sensor told it last.
@@ -164,6 +165,7 @@ def boundary_check_specs(pipeline: Pipeline, agent: str) -> list[dg.AssetCheckSp
             for name in names
         ),
         *(check_spec(name, pipeline, agent, description=e.description, blocking=e.severity == "error") for name, e in expected.items()),
+        *(check_spec(name, pipeline, agent, description=_of_judge(j), blocking=j.severity == "error") for name, j in judges.items()),
     ]
 
 
@@ -180,6 +182,15 @@ def check_spec(
             blocking=blocking,
             partitions_def=pipeline.partitions_def if partitioned else None,
         )
+
+
+def _of_judge(judge: Judge) -> str:
+    who = (
+        f"A judge's opinion ({judge.model or 'the model of the resource ' + repr(judge.llm)})"
+        if judge.ask is None
+        else "A function's opinion"
+    )
+    return f"{who} of at most {judge.sample:,} records. Do they keep the rubric? {str(judge.rubric).strip()}"
 
 
 def _described(name: str) -> str:
@@ -223,13 +234,13 @@ def _run(context: dg.AssetExecutionContext, pipeline: Pipeline, agent: Agent, re
     tags = workflow_tags([attempt.workflow_id])
     if not tags.keys() <= context.run.tags.keys():
         context.instance.add_run_tags(context.run.run_id, tags)
-    resources = {name: getattr(context.resources, name) for name in agent.resources}
+    resources = {name: getattr(context.resources, name) for name in agent.all_resources}
     return run_agent(
         store,
         agent,
         attempt,
         resources=resources,
-        config_digest=config_digest(resources),
+        config_digest=config_digest(agent.own_resources(resources)),
         partition_key=partition_key,
         records=records,
         policies=policies,

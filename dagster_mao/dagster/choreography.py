@@ -85,7 +85,7 @@ def build_agent_job(pipeline: Pipeline, agent: str) -> dg.JobDefinition:
     @dg.op(
         name=f"{name}__batch",
         description=node.description,
-        required_resource_keys={STATE_STORE, POLICIES, *node.resources},
+        required_resource_keys={STATE_STORE, POLICIES, *node.all_resources},
         out=dg.Out(dg.Nothing),
         pool=node.pool,
     )
@@ -156,7 +156,7 @@ def build_inbox_job(pipeline: Pipeline) -> dg.JobDefinition:
     @dg.op(
         name=f"{pipeline.name}__inbox",
         description=f"Seals a batch of events as {entry.name}; bad ones go to its quarantine, with the reason.",
-        required_resource_keys={STATE_STORE, POLICIES, *entry.resources},
+        required_resource_keys={STATE_STORE, POLICIES, *entry.all_resources},
         out=dg.Out(dg.Nothing),
     )
     def inbox(context: dg.OpExecutionContext) -> Iterator[Any]:
@@ -288,7 +288,7 @@ def _delivered(context: dg.OpExecutionContext, pipeline: Pipeline, agent: Agent)
         raise dg.Failure(f"This run is of no batch: it has no tag {BATCH_TAG}. Fix: {fix}", allow_retries=False)
     store: StateStore = getattr(context.resources, STATE_STORE).store()
     telling = Telling(context, store, pipeline, agent)
-    resources = {name: getattr(context.resources, name) for name in agent.resources}
+    resources = {name: getattr(context.resources, name) for name in agent.all_resources}
     _log_workflows(context, store, run_key)
     told = set[str]()
     try:
@@ -296,7 +296,7 @@ def _delivered(context: dg.OpExecutionContext, pipeline: Pipeline, agent: Agent)
             *(store, pipeline, agent.name, run_key),
             run_id=context.run.run_id,
             resources=resources,
-            config_digest=config_digest(resources),
+            config_digest=config_digest(agent.own_resources(resources)),
             policies=getattr(context.resources, POLICIES).of(pipeline),
             fresh=is_fresh(context.run.tags, pipeline, agent.name),
             log=context.log,
@@ -321,13 +321,13 @@ def _taken_in(context: dg.OpExecutionContext, pipeline: Pipeline) -> Iterator[An
         raise dg.Failure(f"This run is of no batch: it has no tag {BATCH_TAG}. Fix: submit events", allow_retries=False)
     store: StateStore = getattr(context.resources, STATE_STORE).store()
     telling = Telling(context, store, pipeline, entry)
-    resources = {name: getattr(context.resources, name) for name in entry.resources}
+    resources = {name: getattr(context.resources, name) for name in entry.all_resources}
     try:
         told = run_inbox(
             *(store, pipeline, run_key),
             run_id=context.run.run_id,
             resources=resources,
-            config_digest=config_digest(resources),
+            config_digest=config_digest(entry.own_resources(resources)),
             policies=getattr(context.resources, POLICIES).of(pipeline),
             log=context.log,
         )

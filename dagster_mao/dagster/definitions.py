@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_mao.agent import check_asked
 from dagster_mao.dagster.assets import IO_MANAGER, asset_keys, build_assets
 from dagster_mao.dagster.audit import build_audit_job
 from dagster_mao.dagster.breakers import BreakerAlert, build_breaker_sensor, guarded_agents
@@ -112,13 +113,18 @@ def build_schedule(pipeline: Pipeline, job: Any, *, default_status: dg.DefaultSc
 
 def _resources(pipeline: Pipeline, given: dict[str, Any]) -> dict[str, Any]:
     if missing := [name for name in (*pipeline.resources, *undo_resources(pipeline)) if name not in given]:
-        agent = next((one.name for one in pipeline.agents.values() if missing[0] in one.resources), None)
+        agent = next((one.name for one in pipeline.agents.values() if missing[0] in one.all_resources), None)
         raise WiringError(
             f"Nobody provides the resource {missing[0]!r}",
             agent=agent,
             field=missing[0],
             fix=f"build_definitions(resources={{{missing[0]!r}: …}})",
         )
+    for one in pipeline.agents.values():
+        for judge in one.panel:
+            # Of what is put together only when a run begins, nothing is known yet: its step says it then.
+            if all(isinstance(given.get(name), dg.ConfigurableResource) for name in judge.resources):
+                check_asked(one, judge, given)
     store = given.get(STATE_STORE) or _store_at(_root())
     policies = given.get(POLICIES) or _no_overrides()
     if isinstance(policies, PolicyOverrides):

@@ -9,7 +9,7 @@ import dagster as dg
 
 from dagster_mao.advice import advise
 from dagster_mao.agent import Agent, Input
-from dagster_mao.boundary import REPORT, Check
+from dagster_mao.boundary import REPORT, VERDICTS, Check
 from dagster_mao.contract import Contract, columns, compare
 from dagster_mao.dagster.anchors import SEAL_DIGEST, STATE_VERSION
 from dagster_mao.pipeline import Pipeline
@@ -133,6 +133,7 @@ def of_seal(seal: Seal, pipeline: Pipeline, *, reused: bool, calls: CallSummary 
         "mao/deferred": seal.deferred or 0,
         "mao/fallbacks": seal.fallbacks or 0,
         **of_calls(came_to),
+        **of_judges(seal),
         **({"mao/policy": dg.MetadataValue.json(json.loads(seal.policy))} if seal.policy else {}),
         "mao/latency_seconds": seal.latency_seconds,
         "mao/size_bytes": seal.size_bytes,
@@ -181,11 +182,12 @@ def parents_table(parents: Iterable[Parent]) -> dg.TableMetadataValue:
 
 def of_check(check: Check) -> dict[str, Any]:
     """A check's metadata; its reasons and parents as tables that can be read in the UI."""
-    told = {name: _plain(value) for name, value in check.metadata.items() if name not in ("reasons", "parents", REPORT)}
+    told = {name: _plain(value) for name, value in check.metadata.items() if name not in ("reasons", "parents", REPORT, VERDICTS)}
     file = check.metadata.get(REPORT)
-    reasons, parents = (check.metadata.get(name) for name in ("reasons", "parents"))
+    reasons, parents, verdicts = (check.metadata.get(name) for name in ("reasons", "parents", VERDICTS))
     return {
         **({"reasons": reasons_table(reasons)} if reasons else {}),
+        **({VERDICTS: verdicts_table(verdicts)} if verdicts else {}),
         **({"parents": parents_table(map(Parent.model_validate, parents))} if parents else {}),
         **({REPORT: dg.MetadataValue.url(file) if "://" in file else dg.MetadataValue.path(file)} if file else {}),
         **told,
@@ -209,6 +211,24 @@ def reasons_table(reasons: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue
         [dg.TableColumn(name, "int" if name == "count" else "string") for name in ("rule", "field", "count", "samples")]
     )
     return dg.MetadataValue.table(rows, schema=schema)
+
+
+def verdicts_table(verdicts: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
+    """Records that a judge did not pass, or did not judge (masked by the contract already)."""
+    names = ("record", "votes", "score", "reason")
+    rows = [dg.TableRecord({name: "" if row[name] is None else str(row[name]) for name in names}) for row in verdicts]
+    return dg.MetadataValue.table(rows, schema=_strings(*names))
+
+
+def of_judges(seal: Seal) -> dict[str, Any]:
+    """What judges said of a version, as numbers that the UI plots: what could not be judged has no score."""
+    judged: dict[str, dict[str, Any]] = json.loads(seal.judged) if seal.judged else {}
+    told: dict[str, Any] = {}
+    for name, one in judged.items():
+        numbers = {word: float(one[word]) for word in ("score", "share_passed", "cost") if one.get(word) is not None}
+        numbers |= {word: int(one[word]) for word in ("judged", "not_judged")}
+        told |= {f"mao/judge_{name}_{word}": value for word, value in numbers.items()}
+    return told
 
 
 def _strings(*names: str) -> dg.TableSchema:

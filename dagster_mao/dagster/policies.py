@@ -15,9 +15,9 @@ POLICIES = "policies"
 class PolicyOverrides(dg.ConfigurableResource[Any]):
     """What is changed of agents' policies: by code, or for one run in the launchpad. Give it to `Definitions` under the key `policies`.
 
-    By the agent's name, `pipeline.agent` where pipelines share the resource, or "*" for all; then the fields of `Policy` to change, as
-    numbers and strings. `breaker: {fail_max: 3}` changes the breaker, `breaker: null` and `fallback: null` switch them off. What was in
-    force is in the seal.
+    By the agent's name, `pipeline.agent` where pipelines share the resource, "*" for all agents, or `agent.judge`; then the fields of
+    `Policy` to change, as numbers and strings. `breaker: {fail_max: 3}` changes the breaker, `breaker: null` and `fallback: null` switch
+    them off. What was in force is in the seal.
     """
 
     # Dagster fails on a null in a mapping whose values it knows nothing of, unless it is told that they may be null.

@@ -65,7 +65,7 @@ class _Range:
         names = [name for name in pipeline.order if name in self._joined.plan] if self._goes_on else here
         self._agents = [pipeline.node(name) for name in names]
         self._fresh = {name: is_fresh(tags, pipeline, name) for name in names}
-        self._resources = {one.name: {name: getattr(context.resources, name) for name in one.resources} for one in self._agents}
+        self._resources = {one.name: {name: getattr(context.resources, name) for name in one.all_resources} for one in self._agents}
         self._tellings = {one.name: Telling(context, self._store, pipeline, one) for one in self._agents}
         self._failed = dict[str, tuple[str, str]]()
 
@@ -109,7 +109,7 @@ class _Range:
             agent,
             attempt,
             resources=resources,
-            config_digest=config_digest(resources),
+            config_digest=config_digest(agent.own_resources(resources)),
             partition_key=key,
             records=self._of_partition(agent, key),
             policies=self._policies,

@@ -6,7 +6,7 @@ from dagster_mao.gateway._gateway import Gateway, shared_store
 from dagster_mao.gateway._key import CallKeys, idempotency_key
 from dagster_mao.gateway._meter import Meter, enforces_nothing
 from dagster_mao.gateway._policy import Breaker, Policy, TransientError, parse_rate
-from dagster_mao.gateway._record import CallOutcome, CallRecord, usage
+from dagster_mao.gateway._record import CallOutcome, CallRecord, overheard, total, usage
 from dagster_mao.gateway._retry import retry_after
 
 if TYPE_CHECKING:
@@ -27,10 +27,12 @@ __all__ = [
     "Unlogged",
     "enforces_nothing",
     "idempotency_key",
+    "overheard",
     "parse_rate",
     "read_only",
     "retry_after",
     "shared_store",
+    "total",
     "usage",
 ]
 

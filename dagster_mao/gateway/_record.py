@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple
 
@@ -65,6 +66,23 @@ def usage(
     tell = sink.get()
     if tell is not None:
         tell(Used(None if model is None else str(model), _whole(input_tokens), _whole(output_tokens), float(cost or 0.0)))
+
+
+@contextmanager
+def overheard() -> Iterator[list[Used]]:
+    """What is told in its block, for whoever wants to know it too: it goes on to the gateway."""
+    outer, told = sink.get(), list[Used]()
+
+    def tell(used: Used) -> None:
+        told.append(used)
+        if outer is not None:
+            outer(used)
+
+    token = sink.set(tell)
+    try:
+        yield told
+    finally:
+        sink.reset(token)
 
 
 def _whole(number: int | None) -> int | None:

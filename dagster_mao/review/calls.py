@@ -14,8 +14,8 @@ UNANSWERED = ("failed", "timed_out", "refused")
 
 
 def calls(store: StateStore, workflow: str, when: When | None = None, *, agent: str | None = None) -> pl.DataFrame:
-    """Rows of `CALLS_SCHEMA` of a workflow's agents, or of one, in the order they began; of a version, those of the run that sealed it;
-    of a moment, those that had begun by then.
+    """Rows of `CALLS_SCHEMA` of a workflow's agents, or of one, in the order they began; of a version, those of the run that sealed it, its
+    judges' among them;    of a moment, those that had begun by then.
 
     A workflow need have sealed nothing: calls of steps that failed are there too. Raises `UnknownVersionError` when there is neither such a
     workflow nor a call in it.
@@ -23,7 +23,9 @@ def calls(store: StateStore, workflow: str, when: When | None = None, *, agent: 
     pipeline = workflow.partition("/")[0]
     seal = store.seal_at(workflow, when) if isinstance(when, int) else None
     until = passed(when) if isinstance(when, dt.datetime) else None
-    callers = [seal.agent] if seal else [agent] if agent else store.callers(pipeline)
+    callers = [agent] if agent and seal is None else store.callers(pipeline)
+    if seal is not None:  # the agent's, and those of its judges
+        callers = [caller for caller in callers if caller.partition(".")[0] == seal.agent]
     found = [store.calls(pipeline, caller, workflow) for caller in callers if agent in (None, caller)]
     rows = store.collect(pl.concat([pl.LazyFrame(schema=CALLS_SCHEMA), *found]).sort("started", "agent", "call", "number"))
     if rows.is_empty():

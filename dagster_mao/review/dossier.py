@@ -20,6 +20,7 @@ from dagster_mao.review.deferred import waiting
 from dagster_mao.review.history import facts, known, records
 from dagster_mao.review.masking import MASK, fields_of, is_personal
 from dagster_mao.review.quarantine import Refusal, refusals
+from dagster_mao.review.verdicts import Judged, judged, votes
 from dagster_mao.saga import SagaState, sagas
 from dagster_mao.state import CallSummary, Seal, StateStore, effective
 from dagster_mao.state.verify import Anchor, Finding, Report, verify
@@ -27,6 +28,7 @@ from dagster_mao.state.verify import Anchor, Finding, Report, verify
 ROWS = 1_000
 """Records of an effective version, and calls, that a dossier of a whole workflow shows."""
 
+_VOTES = 200  # of judges, on a version
 _ROWS_BEFORE = 20  # of a version that is not in effect any more
 
 
@@ -79,7 +81,8 @@ class Disclosure:
 class VersionTold:
     """A state version: what its agent read, by reference, and said. `total`: of how many records `said` holds the first.
 
-    `declared` is what its agent said of itself when it sealed, as registered.
+    `declared` is what its agent said of itself when it sealed, as registered. `judged` is what judges' verdicts came to, and `votes`
+    are some of them, or those on the record.
     """
 
     seal: Seal = field(repr=False)
@@ -89,6 +92,8 @@ class VersionTold:
     total: int
     deferred: Sequence[Mapping[str, Any]] = ()
     declared: Mapping[str, Any] | None = field(default=None, repr=False)
+    judged: Sequence[Judged] = ()
+    votes: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
 
     @property
     def reference(self) -> str:
@@ -227,6 +232,8 @@ def as_json(told: Dossier) -> dict[str, Any]:
             "total": v.total,
             "deferred_records": v.deferred,
             "declared": v.declared,
+            "judged": {one.judge: one.numbers for one in v.judged},
+            "votes": v.votes,
             "seal": facts(v.seal),
         }
         for v in told.versions
@@ -281,7 +288,9 @@ def _versions(
         parents = [store.seal_at(parent.workflow_id, parent.version) for parent in seal.parents] if made else []
         reads = {parent.reference: read(parent) if record is not None else () for parent in parents}
         declared = _declared(store, seal, notes)
-        found.append(VersionTold(seal, seal in state, reads, own, seal.row_count if record is None else len(own), deferred, declared))
+        said_of_it = _votes(store, seal, record, min(rows, _VOTES), unmask=unmask, notes=notes)
+        total = seal.row_count if record is None else len(own)
+        found.append(VersionTold(seal, seal in state, reads, own, total, deferred, declared, judged([seal]), said_of_it))
     if record is not None and not any(told.said or told.deferred for told in found if told.seal.key):
         return ()
     return tuple(found)
@@ -301,6 +310,14 @@ def _declared(store: StateStore, seal: Seal, notes: list[str]) -> Mapping[str, A
     except MaoError as error:
         notes.append(f"What {seal.agent} declared of itself cannot be read ({type(error).__name__}), and is left out.")
         return None
+
+
+def _votes(store: StateStore, seal: Seal, record: str | None, limit: int, *, unmask: bool, notes: list[str]) -> Sequence[Mapping[str, Any]]:
+    try:
+        return votes(store, seal, record=record, limit=limit, unmask=unmask)
+    except MaoError as error:
+        notes.append(f"What judges said of {seal.reference} cannot be read ({type(error).__name__}), and is left out.")
+        return ()
 
 
 def _refused(store: StateStore, workflow: str, record: str | None, notes: list[str]) -> tuple[Refusal, ...]:

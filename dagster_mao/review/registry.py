@@ -104,7 +104,9 @@ def _flat(declared: Mapping[str, Any]) -> dict[str, Any]:
     """With the fields of policies and the like under names of their own: policy.timeout."""
     flat: dict[str, Any] = {}
     for name, value in declared.items():
-        if isinstance(value, Mapping) and name not in _LEFT_OUT:
+        if name == "judges":  # each with fields of its own
+            flat |= {f"{name}.{judge}.{part}": told for judge, one in value.items() for part, told in one.items()}
+        elif isinstance(value, Mapping) and name not in _LEFT_OUT:
             flat |= {f"{name}.{part}": told for part, told in value.items()}
         else:
             flat[name] = value

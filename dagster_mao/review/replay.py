@@ -68,7 +68,7 @@ def replay(
         what = f"{seal.reference} is {'an entry' if seal.kind == 'entry' else f'a {seal.kind}'}: it was made from no version"
         raise UnknownVersionError(what, workflow=seal.workflow_id, fix="name a version of an agent that reads others")
     agent, given = pipeline.node(seal.agent), dict(resources or {})
-    taken = {name: given[name] for name in agent.resources if name in given}
+    taken = agent.own_resources(given)
     twins = {name: _frozen(one) for name, one in given.items()} if not live else given
     effects = WouldBe(personal=_is_personal(agent))
     # What is thrown away is not on the store's disk: it may be another one, and is not to change.

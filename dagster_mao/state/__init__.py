@@ -9,9 +9,10 @@ from dagster_mao.state.objects import reaching
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
 from dagster_mao.state.registry import refuse_reader
 from dagster_mao.state.rehearsal import Beside, Rehearsed
-from dagster_mao.state.seal import DEFERRED_SUFFIX, QUARANTINE_SUFFIX, Parent, Seal
+from dagster_mao.state.seal import DEFERRED_SUFFIX, QUARANTINE_SUFFIX, VERDICTS_SUFFIX, Parent, Seal
 from dagster_mao.state.snapshots import Staged, staged
 from dagster_mao.state.store import StateStore
+from dagster_mao.state.verdicts import VERDICTS_SCHEMA
 
 __all__ = [
     "CALLS_SCHEMA",
@@ -22,6 +23,8 @@ __all__ = [
     "DISPOSITION_SCHEMA",
     "QUARANTINE_SCHEMA",
     "QUARANTINE_SUFFIX",
+    "VERDICTS_SCHEMA",
+    "VERDICTS_SUFFIX",
     "Attempt",
     "Beside",
     "CallSummary",

@@ -16,7 +16,7 @@ from dagster_mao.state.log import StateLog
 from dagster_mao.state.objects import Objects
 from dagster_mao.state.projection import Projection
 from dagster_mao.state.quarantine import QUARANTINE_SCHEMA
-from dagster_mao.state.seal import DEFERRED_SUFFIX, OUTPUTS, QUARANTINE_SUFFIX, Kind, Parent, Seal
+from dagster_mao.state.seal import DEFERRED_SUFFIX, OUTPUTS, QUARANTINE_SUFFIX, VERDICTS_SUFFIX, Kind, Parent, Seal
 from dagster_mao.state.snapshots import Staged, snapshot_name
 
 
@@ -55,6 +55,7 @@ class Provenance(BaseModel):
     usage: str | None = None
     registration: str | None = None
     readers: tuple[str, ...] | None = None
+    judged: str | None = None
 
 
 class Attempt:
@@ -189,11 +190,12 @@ class Attempt:
         quarantined: int = 0,
         deferred: Staged | None = None,
         deferred_count: int = 0,
+        verdicts: Staged | None = None,
     ) -> tuple[Seal, bool]:
         """Makes the staged batch the workflow's next version; returns the seal and whether it was there already (its own, sealed before).
 
         `quarantine` is the file of the `quarantined` records that were kept out of it, `deferred` that of the `deferred_count` records that
-        wait for the next run. Raises `StaleStateError` or `FencedError` when this
+        wait for the next run, `verdicts` that of what judges said. Raises `StaleStateError` or `FencedError` when this
         step lost; then nothing of it is visible to anybody.
         """
         table = f"tables/{self._pins.pipeline}/{agent}"
@@ -212,6 +214,8 @@ class Attempt:
             "deferred": deferred_count or None,
             "deferred_digest": deferred.digest if deferred else None,
             "deferred_bytes": deferred.size_bytes if deferred else None,
+            "verdicts_digest": verdicts.digest if verdicts else None,
+            "verdicts_bytes": verdicts.size_bytes if verdicts else None,
         }
         pinned = len(self._seen)
         reused = False
@@ -234,7 +238,12 @@ class Attempt:
             if deferred is not None:
                 waiting = f"{table}{DEFERRED_SUFFIX}/{snapshot_name(self.workflow_id, len(seen), deferred.digest)}"
                 self._objects.adopt(deferred.file, waiting)
-            return next_seal(seen, {**row, "path": path, "quarantine_path": aside, "deferred_path": waiting})
+            said = None
+            if verdicts is not None:
+                said = f"{table}{VERDICTS_SUFFIX}/{snapshot_name(self.workflow_id, len(seen), verdicts.digest)}"
+                self._objects.adopt(verdicts.file, said)
+            paths = {"path": path, "quarantine_path": aside, "deferred_path": waiting, "verdicts_path": said}
+            return next_seal(seen, {**row, **paths})
 
         seal = self._log.append(self.workflow_id, self._seen, make, self._table)
         self._table = None  # it has moved

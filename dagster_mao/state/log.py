@@ -70,6 +70,10 @@ _COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
     "usage": pl.String,
     "registration": pl.String,
     "readers": pl.List(pl.String),
+    "judged": pl.String,
+    "verdicts_path": pl.String,
+    "verdicts_digest": pl.String,
+    "verdicts_bytes": pl.Int64,
     "seal_digest": pl.String,
 }
 SCHEMA = pl.Schema(_COLUMNS)

@@ -63,11 +63,12 @@ class Rehearsed(Attempt):
         quarantined: int = 0,
         deferred: Staged | None = None,
         deferred_count: int = 0,
+        verdicts: Staged | None = None,
     ) -> tuple[Seal, bool]:
         """The row that would be the version now, with its rows in the folder."""
         path = f"made/{staged.digest}.parquet"
         self._objects.adopt(staged.file, path)
-        files = {"quarantine": quarantine, "deferred": deferred}
+        files = {"quarantine": quarantine, "deferred": deferred, "verdicts": verdicts}
         told = {
             **{f"{name}_{part}": None for name in files for part in ("path", "digest", "bytes")},
             **{f"{name}_digest": file.digest for name, file in files.items() if file is not None},

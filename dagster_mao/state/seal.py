@@ -14,6 +14,7 @@ OUTPUTS = ("entry", "output")
 """The kinds of seal that hold an agent's rows."""
 QUARANTINE_SUFFIX = "_quarantine"  # of the table, and of the asset, beside the agent's own
 DEFERRED_SUFFIX = "_deferred"
+VERDICTS_SUFFIX = "_verdicts"
 
 
 class SealedFile(NamedTuple):
@@ -98,6 +99,10 @@ class Seal(BaseModel):
     usage: str | None = None  # JSON of what the calls came to, as `CallSummary`
     registration: str | None = None  # digest of what the agent declared of itself, in the registry
     readers: tuple[str, ...] | None = None  # who may read it; None: anybody
+    judged: str | None = None  # JSON: by judge, what its verdicts came to; None where the agent had no judges
+    verdicts_path: str | None = None  # of the file of what judges said
+    verdicts_digest: str | None = None
+    verdicts_bytes: int | None = None
     seal_digest: str
 
     @property
@@ -107,13 +112,15 @@ class Seal(BaseModel):
 
     @property
     def files(self) -> tuple[SealedFile, ...]:
-        """The snapshot and, where there are such, the quarantine file and the file of deferred records."""
+        """The snapshot and, where there are such, the quarantine file, the file of deferred records, and that of what judges said."""
         found = [SealedFile(self.path, self.digest, self.size_bytes, self.row_count, self.table)] if self.path else []
         if self.quarantine_path and self.quarantine_digest:
             table = f"{self.table}{QUARANTINE_SUFFIX}"
             found.append(SealedFile(self.quarantine_path, self.quarantine_digest, self.quarantine_bytes or 0, None, table))
         if self.deferred_path and self.deferred_digest:
             found.append(SealedFile(self.deferred_path, self.deferred_digest, self.deferred_bytes or 0, self.deferred, ""))
+        if self.verdicts_path and self.verdicts_digest:
+            found.append(SealedFile(self.verdicts_path, self.verdicts_digest, self.verdicts_bytes or 0, None, ""))
         return tuple(found)
 
     def canonical_digest(self) -> str:

@@ -24,6 +24,7 @@ from dagster_mao.state.objects import Objects, safe_name
 from dagster_mao.state.quarantine import DEFERRED_SCHEMA, DISPOSITION_SCHEMA, QUARANTINE_SCHEMA
 from dagster_mao.state.registry import register, registered
 from dagster_mao.state.seal import Kind, Seal, SealedFile
+from dagster_mao.state.verdicts import VERDICTS_SCHEMA
 
 _DATABASE = "shared.db"
 _LONGEST_ID = 230  # it names a folder, and file systems end at 255 bytes
@@ -172,7 +173,16 @@ class StateStore:
         """The records that wait for the next run, as `DEFERRED_SCHEMA` says. Raises as `read` does."""
         if not seal.deferred_path:
             return pl.DataFrame(schema=DEFERRED_SCHEMA)
-        return self._read(seal, seal.files[-1]).collect()
+        return self._read_at(seal, seal.deferred_path)
+
+    def verdicts(self, seal: Seal) -> pl.DataFrame:
+        """What judges said of a state version, as `VERDICTS_SCHEMA` says; unmasked. Raises as `read` does."""
+        if not seal.verdicts_path:
+            return pl.DataFrame(schema=VERDICTS_SCHEMA)
+        return self._read_at(seal, seal.verdicts_path)
+
+    def _read_at(self, seal: Seal, path: str) -> pl.DataFrame:
+        return self._read(seal, next(file for file in seal.files if file.path == path)).collect()
 
     def register(self, pipeline: str, agent: str, told: Mapping[str, Any]) -> str:
         """Keeps what an agent declares of itself, durably, unless it is there; its digest, for the seals that it makes."""
@@ -194,9 +204,9 @@ class StateStore:
         return CallsTable(self.objects, pipeline, agent).scan(workflow_id)
 
     def callers(self, pipeline: str) -> list[str]:
-        """The agents of a pipeline whose calls were logged, sorted; also those that have sealed nothing."""
+        """The agents of a pipeline whose calls were logged, and judges as `agent.judge`, sorted; also those that have sealed nothing."""
         folders = self.objects.folders(f"tables/{pipeline}")
-        return [name.removesuffix(CALLS_SUFFIX) for name in folders if name.endswith(CALLS_SUFFIX)]
+        return sorted(name.removesuffix(CALLS_SUFFIX) for name in folders if name.endswith(CALLS_SUFFIX))
 
     def _read(self, seal: Seal, file: SealedFile, columns: Sequence[str] | None = None) -> pl.LazyFrame:
         if seal.canonical_digest() != seal.seal_digest:

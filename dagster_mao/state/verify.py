@@ -277,7 +277,12 @@ def _files(meant: Sequence[Seal], seals: Sequence[Seal], files: Mapping[str, str
     owner = {file.digest: seal for seal in seals for file in seal.files}
     for seal in meant:
         for file in seal.files:
-            actual, what = files[file.path], "snapshot" if file.path == seal.path else "quarantine"
+            kinds = {
+                seal.path: "snapshot",
+                seal.deferred_path: "list of deferred records",
+                seal.verdicts_path: "file of the judges' verdicts",
+            }
+            actual, what = files[file.path], kinds.get(file.path, "quarantine")
             if actual is None:
                 yield _about(seal, "file_missing", f"the {what} is gone", file.path)
             elif actual != file.digest:
