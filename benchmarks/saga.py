@@ -2,10 +2,11 @@
 
     python benchmarks/saga.py [records ...]       # 10000 100000
     python benchmarks/saga.py --undo [records]    # ten agents with 100 000 effects each are undone
+    python benchmarks/saga.py --in-flight [workflows]    # a tick of the compensation sensor while 10 000 hybrid workflows go on
 
 CPU microseconds per record of a whole step: it reads its pins, makes the models, calls, has an effect that does nothing, checks the outputs
 and seals; by the clock too. The floor of the same run is the same step without the effect. "commits" counts those of the journal. Medians
-over interleaved repetitions, on SQLite.
+over interleaved repetitions, on SQLite. Workflows in flight are written in bulk, as copies of one whose first agent has sealed.
 """
 
 from __future__ import annotations
@@ -14,19 +15,28 @@ import argparse
 import statistics
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import dagster as dg
 import polars as pl
+import sqlalchemy as sa
 from calls import Application, Cost, Score, applications, rows, timed
+from deltalake import CommitProperties, Transaction
 
 import dagster_mao as mao
 from dagster_mao.boundary import run_agent
-from dagster_mao.journal import Journal
+from dagster_mao.choreography import enter, run_batch, tick
+from dagster_mao.dagster import StateStoreResource
+from dagster_mao.dagster.reconciling import build_compensation_sensor
+from dagster_mao.journal import Journal, journal_of
+from dagster_mao.journal._tables import PAGES, STEPS
 from dagster_mao.saga import Saga
-from dagster_mao.state import StateStore
+from dagster_mao.state import Seal, StateStore
+from dagster_mao.state.attempt import next_seal
+from dagster_mao.state.log import SCHEMA, StateLog
 
 AGENTS = 10
 
@@ -171,12 +181,70 @@ def undo(records: int) -> None:
         print(f"  {name:38}{cost.wall:10.1f}{cost.cpu:10.1f}{cost.cpu / effects * 1e6:14.1f}", flush=True)
 
 
+# -- in flight -----------------------------------------------------------------------------------------------------------------------
+
+
+def in_flight(workflows: int) -> None:
+    """A tick that finds nothing to do: none of the attempts has failed, and none is through."""
+    pipeline = mao.Pipeline("benchmark", entry=applications, agents=[acting(0), last], mode="hybrid", micro_batch=mao.MicroBatch(wait=0))
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home, dg.DagsterInstance.local_temp(home) as instance:
+        resource = StateStoreResource(root=folder)
+        store = resource.store()
+        enter(store, pipeline, rows(10), workflow="first")
+        (batch,) = tick(store, pipeline, "agent_0")
+        list(run_batch(store, pipeline, "agent_0", batch.run_key, run_id="first"))
+        copy(store, store.seals("benchmark/first"), workflows)
+        sensor, costs, told = build_compensation_sensor(pipeline), list[Cost](), set[str | None]()
+
+        def look() -> None:
+            with dg.build_sensor_context(instance=instance, resources={"state_store": resource}) as context:
+                told.add(sensor.evaluate_tick(context).skip_message)
+
+        look()
+        costs = [timed(look) for _ in range(10)]
+    wall, cpu = (statistics.median(getattr(cost, name) for cost in costs) * 1000 for name in ("wall", "cpu"))
+    print(f"{workflows:,} workflows in flight, a tick of the compensation sensor: {wall:,.0f} ms, CPU {cpu:,.0f}")
+    assert told == {f"{workflows + 1} attempts: its agents are at work, or are started when what they read is sealed"}
+
+
+def copy(store: StateStore, like: Sequence[Seal], workflows: int) -> None:
+    """The log as its own compaction would leave it, and a step with its pages for each."""
+    rows, transactions, steps, pages = list[Seal](), list[Transaction](), list[dict[str, Any]](), list[dict[str, Any]]()
+    journal = journal_of(store.database)
+    with journal.reading() as connection:
+        (step,) = connection.execute(sa.select(STEPS)).mappings()
+        written = list(connection.execute(sa.select(PAGES)).mappings())
+    for number in range(workflows):
+        name, attempt, seals = f"benchmark/w{number:06}", uuid.uuid4().hex, list[Seal]()
+        for one in like:
+            own = {"workflow_id": name, "attempt": attempt, "parents": tuple(seal.as_parent for seal in seals)}
+            row = one.model_dump(exclude={"version", "epoch", "previous_digest", "seal_digest"})
+            seals.append(next_seal(seals, {**row, **own}))
+        rows += seals
+        transactions.append(Transaction(name, len(seals) - 1))
+        steps.append({**step, "id": step["id"] + 1 + number, "workflow_id": name, "attempt": attempt})
+        pages += [{**{key: page[key] for key in page if key != "id"}, "step": steps[-1]["id"]} for page in written]
+    log = StateLog(store.objects)
+    table = log.open()
+    assert table is not None
+    add = log._write(pl.DataFrame([seal.model_dump() for seal in rows], schema=SCHEMA), new=True, prefix=f"{table.version() + 1}-")
+    table.create_write_transaction([add], "append", table.schema(), commit_properties=CommitProperties(app_transactions=transactions))
+    with journal.writing("benchmark") as (connection, _):
+        connection.execute(sa.insert(STEPS), steps)
+        connection.execute(sa.insert(PAGES), pages)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=int, nargs="*")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--undo", action="store_true")
+    parser.add_argument("--in-flight", action="store_true")
     options = parser.parse_args()
+    if options.in_flight:
+        for workflows in options.records or [10_000]:
+            in_flight(workflows)
+        return
     for records in options.records or ([100_000] if options.undo else [10_000, 100_000]):
         if options.undo:
             undo(records)

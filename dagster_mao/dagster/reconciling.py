@@ -1,7 +1,7 @@
 """The sensor that finds what is to be compensated: from the journal and the run list, and from nothing else."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import dagster as dg
@@ -28,7 +28,7 @@ from dagster_mao.state import StateStore
 # than a dozen an hour; when what kept them from starting (a code server that is down) is over, ten minutes later at the latest.
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0
 _AT_ONCE = 20  # runs asked for in one tick
-_TOGETHER = 500  # attempts asked about in one query
+_TOGETHER = 5000  # attempts asked about in one query
 _NOT_SUCCEEDED = [status for status in dg.DagsterRunStatus if status != dg.DagsterRunStatus.SUCCESS]
 _GOES_ON = "its agents are at work, or are started when what they read is sealed"
 _FENCED_WITHIN = 30.0  # seconds in which a code location that has what is undone first begins; then another one ends the attempt
@@ -70,15 +70,18 @@ def build_compensation_sensor(
         if store.database is None:
             return dg.SkipReason("No shared database is named, so there is no journal.")
         asked, waiting = list[dg.RunRequest](), list[str]()
-        found = unfinished(store, pipeline.name)
+        going_on = set[str]()
+
+        def are_going_on(attempts: Collection[str]) -> set[str]:
+            going_on.update(_going_on(context.instance, attempts))
+            return going_on
+
+        found = unfinished(store, pipeline.name, going_on=are_going_on if pipeline.mode == "hybrid" else None)
         if any(_is_shared(pipeline, one) for one in found):
             show_up(store, pipeline.name, with_effects(pipeline), every=absent_seconds / 10)
-        going_on = _going_on(context.instance, pipeline, found)
         if going_on:
             waiting.append(f"{len(going_on)} attempts: {_GOES_ON}")
         for one in found:
-            if one.attempt in going_on:
-                continue
             try:
                 due = _due(context.instance, store, pipeline, one, patience)
             except Exception as error:  # whatever is wrong with one attempt, the others are looked at
@@ -106,15 +109,12 @@ class Patience(NamedTuple):
     absence: float
 
 
-def _going_on(instance: dg.DagsterInstance, pipeline: Pipeline, found: Sequence[Unfinished]) -> set[str]:
-    """The attempts that go on, of those in hybrid mode: nobody asked for their compensation, and none of their own runs has failed.
+def _going_on(instance: dg.DagsterInstance, attempts: Collection[str]) -> set[str]:
+    """The attempts that go on, of those in hybrid mode that nobody asked to compensate: none of their own runs has failed.
 
     There may be ten thousand, of which nothing is to be said: they are asked about together.
     """
-    if pipeline.mode != "hybrid":
-        return set()
-    asked = sorted({one.attempt for one in found if one.kind == "attempt" and one.state is None and not (one.completed or one.replaced)})
-    failed = set[str]()
+    asked, failed = sorted(attempts), set[str]()
     for start in range(0, len(asked), _TOGETHER):
         some = asked[start : start + _TOGETHER]
         roots = instance.get_runs(dg.RunsFilter(run_ids=some, statuses=_NOT_SUCCEEDED))

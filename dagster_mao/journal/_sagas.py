@@ -16,6 +16,7 @@ from dagster_mao.journal._pages import Page, Told
 from dagster_mao.journal._tables import COMPENSATORS, PAGES, SAGAS, STEPS, UNDOS
 
 _NAMES = 5000  # in one statement
+_OPEN = sa.or_(STEPS.c.settled.is_(False), STEPS.c.late.is_(True))
 
 
 class StepRow(NamedTuple):
@@ -93,11 +94,22 @@ class Sagas:
         with self._journal.reading() as connection:
             return _steps(connection, query if attempt is None else query.where(STEPS.c.attempt == attempt))
 
-    def open_steps(self, pipeline: str) -> list[StepRow]:
-        """The steps that are not settled, and those that had effects after they were undone."""
-        open_ = sa.or_(STEPS.c.settled.is_(False), STEPS.c.late.is_(True))
+    def open_attempts(self, pipeline: str) -> dict[tuple[str, str], bool]:
+        """By workflow and attempt, those with steps as `open_steps` has them, oldest first: whether one had effects after it was undone."""
+        late = sa.func.max(sa.cast(STEPS.c.late, sa.Integer))
+        query = sa.select(STEPS.c.workflow_id, STEPS.c.attempt, late).where(STEPS.c.pipeline == pipeline, _OPEN)
+        query = query.group_by(STEPS.c.workflow_id, STEPS.c.attempt).order_by(sa.func.min(STEPS.c.id))
         with self._journal.reading() as connection:
-            return _steps(connection, sa.select(STEPS).where(STEPS.c.pipeline == pipeline, open_).order_by(STEPS.c.id))
+            return {(workflow_id, attempt): bool(is_late) for workflow_id, attempt, is_late in connection.execute(query)}
+
+    def open_steps(self, pipeline: str, attempts: Collection[str]) -> list[StepRow]:
+        """The steps of these attempts that are not settled, and those that had effects after they were undone, oldest first."""
+        found, wanted = list[StepRow](), sorted(attempts)
+        query = sa.select(STEPS).where(STEPS.c.pipeline == pipeline, _OPEN)
+        with self._journal.reading() as connection:
+            for start in range(0, len(wanted), _NAMES):
+                found += _steps(connection, query.where(STEPS.c.attempt.in_(wanted[start : start + _NAMES])))
+        return sorted(found, key=lambda step: step.id)
 
     def last_written(self, steps: Collection[int]) -> dict[int, float]:
         """When each of these steps last wrote a page."""

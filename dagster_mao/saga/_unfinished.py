@@ -79,8 +79,14 @@ class SagaState:
     concluded: dt.datetime | None
 
 
-def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
-    """All that is not compensated of a pipeline. What is settled is marked, and not looked at again."""
+def unfinished(
+    store: StateStore, pipeline: str, *, going_on: Callable[[Collection[str]], Collection[str]] | None = None
+) -> list[Unfinished]:
+    """All that is not compensated of a pipeline. What is settled is marked, and not looked at again.
+
+    `going_on`: is given all attempts that nobody asked to compensate, and that neither completed nor were replaced, and says which of them
+    go on. These are left out; there may be ten thousand, of which nothing else is read then.
+    """
     if not _is_there(store):
         return []
     journal, found = sagas_of(store), list[Unfinished]()
@@ -92,15 +98,20 @@ def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
             continue
         held.add((row.workflow_id, row.attempt))
         found.append(_of_saga(row, journal.steps(row.workflow_id, row.attempt), journal))
+    at_work = {key: is_late for key, is_late in journal.open_attempts(pipeline).items() if key not in held}
+    # In hybrid mode all that is at work is here: so it is asked about once, and not one by one.
+    ended = store.completed(pipeline, {workflow_id for workflow_id, _ in at_work})
+    open_ = {key for key, is_late in at_work.items() if key not in ended and not is_late}
+    replaced = _replaced(store, open_, {workflow_id for workflow_id, _ in ended})
+    asked = open_ - replaced
+    still = set(going_on({attempt for _, attempt in asked}) if going_on else ())
+    looked_at = at_work.keys() - {key for key in asked if key[1] in still}
     groups: dict[tuple[str, str], list[StepRow]] = {}
     completed: dict[str, list[StepRow]] = {}
-    for step in journal.open_steps(pipeline):
-        groups.setdefault((step.workflow_id, step.attempt), []).append(step)
-    groups = {key: steps for key, steps in groups.items() if key not in held}
-    # In hybrid mode all that is at work is here: so it is asked about once, and not one by one.
-    ended = store.completed(pipeline, {workflow_id for workflow_id, _ in groups})
+    for step in journal.open_steps(pipeline, {attempt for _, attempt in looked_at}):
+        if (key := (step.workflow_id, step.attempt)) in looked_at:
+            groups.setdefault(key, []).append(step)
     written = journal.last_written([step.id for steps in groups.values() for step in steps])
-    going_on = list[Unfinished]()
     for (workflow_id, attempt), steps in groups.items():
         if any(step.late for step in steps):
             saga = journal.find(workflow_id, attempt)
@@ -108,17 +119,17 @@ def unfinished(store: StateStore, pipeline: str) -> list[Unfinished]:
         elif (workflow_id, attempt) in ended:
             completed.setdefault(workflow_id, []).extend(steps)
         else:
-            going_on.append(_unfinished(steps, written, "attempt", 0, None))
-    found += _with_replaced(store, going_on, {workflow_id for workflow_id, _ in ended})
+            is_over = (workflow_id, attempt) in replaced
+            found.append(_unfinished(steps, written, "attempt", 0, None, replaced=is_over))
     for workflow_id, steps in completed.items():
         found += _superseded(store, journal, workflow_id, steps)
     return found
 
 
-def _with_replaced(store: StateStore, going_on: list[Unfinished], completed: Collection[str]) -> list[Unfinished]:
-    """The attempts, each told whether it is replaced. `completed`: the workflows of which some attempt has completed."""
-    seals = store.seals_of({one.workflow_id for one in going_on} & set(completed))
-    return [replace(one, replaced=is_replaced(seals.get(one.workflow_id, ()), one.attempt)) for one in going_on]
+def _replaced(store: StateStore, open_: Collection[tuple[str, str]], completed: Collection[str]) -> set[tuple[str, str]]:
+    """Which of these attempts are replaced; they may be where some other has completed."""
+    seals = store.seals_of({workflow_id for workflow_id, _ in open_} & set(completed))
+    return {(workflow, attempt) for workflow, attempt in open_ if workflow in seals and is_replaced(seals[workflow], attempt)}
 
 
 def _superseded(store: StateStore, journal: Sagas, workflow_id: str, steps: list[StepRow]) -> list[Unfinished]:
@@ -162,7 +173,7 @@ def request(store: StateStore, pipeline: str, workflow_id: str | None, attempt: 
         if not _is_there(store):
             return 0
         journal, asked = sagas_of(store), 0
-        steps = [step for step in journal.open_steps(pipeline) if step.attempt == attempt]
+        steps = journal.open_steps(pipeline, [attempt])
         for one in sorted({step.workflow_id for step in steps if workflow_id in (None, step.workflow_id)}):
             if not is_completed(store.seals(one), attempt):
                 asked += journal.request(pipeline=pipeline, workflow_id=one, attempt=attempt, why=why, requested_by=run_id)
@@ -234,6 +245,7 @@ def _unfinished(
     *,
     superseded_by: str = "",
     attempt: str | None = None,
+    replaced: bool = False,
 ) -> Unfinished:
     told = (written[step.id] for step in steps if step.id in written)
     times = [*(step.ended or step.started for step in steps), *told, *([saga.asked] if saga else [])]
@@ -247,7 +259,7 @@ def _unfinished(
         agents=tuple(dict.fromkeys(step.agent for step in steps)),
         ended=all(step.state in ("sealed", "failed") for step in steps),
         completed=False,
-        replaced=False,
+        replaced=replaced,
         last=_utc(max(times)),
         lease_until=None if saga is None or saga.lease_until is None else _utc(saga.lease_until),
         tries=tries or 0,
