@@ -308,7 +308,7 @@ def _facts_table(seal: Seal) -> Table:
         "calls": told_of(CallSummary.model_validate_json(seal.usage)) if seal.usage else None,
         "policy": f"overridden: {seal.policy}" if seal.policy else None,
         "contract": f"{seal.contract} v{seal.contract_version} ({seal.contract_hash[:12]})" if seal.contract else "",
-        "agent version": seal.agent_version,
+        "agent version": f"{seal.agent_version}, registered as {seal.registration[:8]}" if seal.registration else seal.agent_version,
         "configuration": seal.config,
         "model": seal.model,
         "sealed (UTC)": f"{moment(seal)}, after {seal.latency_seconds:.3f} s",
