@@ -336,11 +336,13 @@ def test_every_help_has_an_example(command: str) -> None:
     assert f"Example: dagster-mao {command}" in call(command, "--help").stdout
 
 
-def test_the_installed_command(root: Path) -> None:
-    """In a process of its own: finds its state by the environment, and does not load Dagster to list versions."""
-    environment = {**os.environ, "DAGSTER_MAO_ROOT": str(root), "PYTHONPATH": str(Path(__file__).parents[1])}
+@pytest.mark.parametrize("arguments", [["history", MONDAY, "--json"], ["verify", MONDAY, "--json"], ["audit", MONDAY, "--json"]])
+def test_the_installed_command(root: Path, nowhere: Path, arguments: list[str]) -> None:
+    """In a process of its own: finds its state by the environment, and does not load Dagster where there is no history of it to ask."""
+    paths = {"DAGSTER_MAO_ROOT": str(root), "DAGSTER_HOME": str(nowhere / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
     code = "import sys; from dagster_mao.cli import app; app(standalone_mode=False); sys.exit(3 if 'dagster' in sys.modules else 0)"
-    command = [sys.executable, "-c", code, "history", MONDAY, "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert [version["version"] for version in json.loads(done.stdout)] == list(range(6))
+    if arguments[0] == "history":
+        assert [version["version"] for version in json.loads(done.stdout)] == list(range(6))

@@ -14,6 +14,7 @@ from dagster_mao.cli._app import HOME, Json, Root, Storage, app, me
 from dagster_mao.cli._print import cell, grid, misused, plain, print_json, print_rows, status, terminal
 from dagster_mao.cli._where import open_store, placed, project
 from dagster_mao.errors import StoreError
+from dagster_mao.home import is_home
 from dagster_mao.review.dossier import ROWS, Disclosure, Dossier, Evidence, as_json, dossier, finding_text, with_urls
 from dagster_mao.state.store import StateStore
 
@@ -61,14 +62,12 @@ def _evidence(store: StateStore, workflow: str, dagster_home: str | None) -> Evi
     """What Dagster knows; None when there is no event log to ask."""
     configured, where = project()
     home = dagster_home or os.environ.get(HOME) or placed(configured.get("dagster_home"), where)
-    if not home:
+    if not home or (not dagster_home and not is_home(Path(home).expanduser())):
         return None
     with status("reading Dagster's event log"):
-        from dagster_mao.dagster.anchors import is_home, opened
+        from dagster_mao.dagster.anchors import opened
         from dagster_mao.dagster.evidence import evidence
 
-        if not dagster_home and not is_home(Path(home).expanduser()):
-            return None
         with opened(home) as instance:
             return evidence(instance, store, workflow, home)
 

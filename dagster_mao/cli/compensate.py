@@ -18,6 +18,7 @@ from dagster_mao.cli._app import HOME, Database, Json, Root, Storage, app, me
 from dagster_mao.cli._print import cell, grid, misused, plain, print_json, status, terminal
 from dagster_mao.cli._where import load_pipeline, open_shared, open_store, placed, project, resources_of
 from dagster_mao.errors import PinError
+from dagster_mao.home import is_home
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.state import StateStore
 
@@ -166,14 +167,14 @@ def _tell_dagster(
     dagster_home: str | None,
 ) -> None:
     """Shows it on the assets, where there is a Dagster to tell. What was done stands whether Dagster knows or not."""
-    from dagster_mao.dagster.anchors import is_home, opened
-    from dagster_mao.dagster.saga import report
-    from dagster_mao.dagster.stopping import stop
-
     configured, where = project()
     home = dagster_home or os.environ.get(HOME) or placed(configured.get("dagster_home"), where)
     if not home or not is_home(Path(home).expanduser()):
         return
+    from dagster_mao.dagster.anchors import opened
+    from dagster_mao.dagster.saga import report
+    from dagster_mao.dagster.stopping import stop
+
     try:
         with opened(home) as instance:
             for attempt, by, concluded in ended:

@@ -21,6 +21,7 @@ from dagster_mao.cli._print import cell, counted, grid, misused, plain, print_js
 from dagster_mao.cli._where import load_pipeline, moment_of, open_store, placed, project
 from dagster_mao.contract import MASK
 from dagster_mao.errors import InvalidRecordsError, StaleStateError, UnknownVersionError
+from dagster_mao.home import is_home
 from dagster_mao.pipeline import Pipeline
 from dagster_mao.resubmission import Resubmission, resubmit
 from dagster_mao.review.history import known, parse_reference
@@ -376,13 +377,13 @@ def _report(done: Resubmission, pipeline: Pipeline, store: StateStore, dagster_h
     """Tells Dagster, where there is one to tell; returns a sentence on it. The version stands whether Dagster knows or not."""
     configured, where = project()
     home = dagster_home or os.environ.get(HOME) or placed(configured.get("dagster_home"), where)
+    if not home or not is_home(Path(home).expanduser()):
+        return f"Dagster was not told: there is no Dagster home{f' at {home}' if home else ''}."
     with status("telling Dagster"):
         # Importing Dagster takes seconds: nothing but this needs it.
-        from dagster_mao.dagster.anchors import is_home, opened
+        from dagster_mao.dagster.anchors import opened
         from dagster_mao.dagster.quarantine import report
 
-        if not home or not is_home(Path(home).expanduser()):
-            return f"Dagster was not told: there is no Dagster home{f' at {home}' if home else ''}."
         try:
             with opened(home) as instance:
                 report(instance, pipeline, store, done.entry)

@@ -15,6 +15,7 @@ from rich.text import Text
 from dagster_mao.cli._app import HOME, Json, Root, Storage, app
 from dagster_mao.cli._print import counted, plain, print_json, status, terminal
 from dagster_mao.cli._where import open_store, placed, project
+from dagster_mao.home import is_home
 from dagster_mao.state.store import StateStore
 from dagster_mao.state.verify import Anchor, Finding, Report, pipelines, verify
 
@@ -50,12 +51,12 @@ def _anchors(store: StateStore, dagster_home: str | None) -> tuple[str | None, l
     home = dagster_home or os.environ.get(HOME) or placed(configured.get("dagster_home"), where)
     if not home:
         return None, None, "no Dagster home is named (--dagster-home)"
+    if not dagster_home and not is_home(Path(home).expanduser()):
+        return home, None, f"there is no Dagster history at {home}"
     with status("reading Dagster's event log"):
         # Importing Dagster takes seconds: nothing but this needs it.
-        from dagster_mao.dagster.anchors import is_home, opened, read_anchors
+        from dagster_mao.dagster.anchors import opened, read_anchors
 
-        if not dagster_home and not is_home(Path(home).expanduser()):
-            return home, None, f"there is no Dagster history at {home}"
         with opened(home) as instance:
             return home, read_anchors(instance, pipelines(store)), home
 

@@ -13,6 +13,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_mao.errors import StoreError
+from dagster_mao.home import is_home
 from dagster_mao.state.verify import Anchor
 
 SEAL_DIGEST = "mao/seal_digest"
@@ -52,11 +53,6 @@ def opened(home: str | Path) -> Iterator[dg.DagsterInstance]:
         ) from error
     with instance:
         yield instance
-
-
-def is_home(folder: Path) -> bool:
-    """Whether Dagster has kept history in the folder, or is configured to keep it elsewhere."""
-    return any((folder / name).exists() for name in ("dagster.yaml", "history"))
 
 
 def _agents(instance: dg.DagsterInstance, pipelines: frozenset[str]) -> list[dg.AssetKey]:
