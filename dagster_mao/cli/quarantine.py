@@ -147,9 +147,9 @@ def resubmit_command(
     root: Root = None,
     storage_option: Storage = None,
 ) -> None:
-    """Correct records: they re-enter their workflow as a new entry. The agents below it are then to be materialised again, unless they
+    """Correct records: they re-enter their workflow as a new entry.
 
-    start by themselves.
+    The agents below it are then to be materialised again, unless they start by themselves.
     """
     if bool(set_) == bool(from_):
         misused("give --set FIELD=VALUE, or --from FILE")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 import dagster_mao.saga._saga as engine
 from dagster_mao.errors import FencedError
+from dagster_mao.gateway import _shared
 from dagster_mao.journal import _step as journal_step
 from dagster_mao.saga import Saga, unfinished
 from dagster_mao.state.verify import verify
@@ -31,7 +33,12 @@ class Gate:
 
     def pause(self) -> None:
         """In the process: stops it, once."""
-        if not self._reached.exists():
+        if self._reached.exists():
+            return
+        with ExitStack() as nobody_writes:
+            # In the middle of a commit of another thread it would hold SQLite's lock: all others would fail before they came to any fence.
+            for store in _shared._stores():
+                nobody_writes.enter_context(store._lock)
             self._reached.touch()
             os.kill(os.getpid(), signal.SIGSTOP)
 
