@@ -28,6 +28,7 @@ from dagster_mao.state.registry import registration_path
 from dagster_mao.state.seal import Seal
 from dagster_mao.state.snapshots import VERSION_COLUMN, WORKFLOW_COLUMN
 from dagster_mao.state.store import StateStore
+from dagster_mao.state.transactions import transactions
 
 FindingKind = Literal[
     "log_unreadable",
@@ -174,7 +175,7 @@ def _read_log(store: StateStore, workflow: str | None) -> _Log:
             wrong = ", ".join(sorted({str(problem["loc"][0]) for problem in error.errors() if problem["loc"]}))
             findings.append(Finding("row_damaged", row.get("workflow_id"), row.get("version"), _LOG, f"the log row has no valid {wrong}"))
     seals.sort(key=lambda seal: (seal.workflow_id, seal.version))
-    heads = {seal.workflow_id: table.transaction_version(seal.workflow_id) for seal in seals}
+    heads = transactions(store.objects, _LOG, table, frozenset(seal.workflow_id for seal in seals))
     return _Log(seals, heads, findings, readable=not findings)
 
 

@@ -20,6 +20,8 @@ from dagster_mao.errors import UnknownVersionError
 from dagster_mao.state import Seal, StateStore
 from dagster_mao.state import verify as verify_module
 from dagster_mao.state.log import StateLog
+from dagster_mao.state.objects import Objects
+from dagster_mao.state.transactions import transactions
 from dagster_mao.state.verify import Anchor, Finding, verify
 from tests.sealed import MONDAY, TUESDAY, applications, seal_attempt, two_days
 
@@ -433,3 +435,26 @@ def test_pinned_fact_the_head_of_a_workflow_is_in_its_transaction(tmp_path: Path
         write_deltalake(tmp_path, frame, mode="append", commit_properties=done)
     assert DeltaTable(tmp_path).transaction_version("w") == 1
     assert DeltaTable(tmp_path).transaction_version("other") is None
+
+
+def test_the_heads_of_many_workflows_are_read_at_once_and_are_those_that_delta_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one they took 16 of the 17 seconds that a store of 5 000 workflows was verified in, and four times that of twice as many."""
+    frame, objects, ids = pl.DataFrame({"n": [1]}), Objects(tmp_path), frozenset(f"w/{number}" for number in range(30))
+    one_by_one = DeltaTable.transaction_version
+    for number in range(24):
+        of_commit = [Transaction(f"w/{place}", number) for place in range(number % 7, 29, 1 + number % 5)]
+        write_deltalake(tmp_path / "log", frame, mode="append", commit_properties=CommitProperties(app_transactions=of_commit))
+        table = DeltaTable(tmp_path / "log")
+        if number % 5 == 4:
+            table.create_checkpoint()
+        told = {one: one_by_one(table, one) for one in ids}
+        with monkeypatch.context() as patched:
+            patched.setattr(DeltaTable, "transaction_version", None)
+            assert transactions(objects, "log", table, ids) == told
+    older = DeltaTable(tmp_path / "log", version=17)
+    assert transactions(objects, "log", older, ids) == {one: one_by_one(older, one) for one in ids}
+    assert told["w/29"] is None
+    monkeypatch.setattr(pl, "read_parquet", lambda *_, **__: pl.DataFrame({"of another layout": [1]}))
+    assert transactions(objects, "log", table, ids) == told, "what cannot be read so, delta-rs is asked about"
