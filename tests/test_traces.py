@@ -19,6 +19,8 @@ from pydantic import BaseModel
 
 import dagster_mao as mao
 from dagster_mao.errors import AgentFailedError
+from tests.judged import COMPLAINTS, Asked, desk, polite
+from tests.judged import SECRET as NAMES
 
 SECRET = "Grace Hopper"
 
@@ -220,3 +222,19 @@ print(sorted(name for name in sys.modules if name.startswith("opentelemetry")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_votes_of_judges_are_spans_of_the_version_that_they_judged(
+    local_store: mao.StateStore, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their reasons are not told: they may quote what they were sent."""
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "true")
+    ask = Asked(lambda record, time: record != "c1")
+    result = mao.run(desk(polite(ask, send_personal=True)), COMPLAINTS[:2], store=local_store, workflow="1")
+    root, votes = collector.of("replies.polite")
+    assert (root["mao.state_version"], root["gen_ai.usage.input_tokens"]) == (result.seals["replies"].reference, 300)
+    assert [vote["mao.record"] for vote in votes] == ["c0", "c1", "c1"]
+    assert {vote["gen_ai.request.model"] for vote in votes} == {"small-judge"}
+    told = json.dumps([root, *votes], default=str)
+    assert "polite." not in told
+    assert NAMES not in told

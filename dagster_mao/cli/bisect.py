@@ -89,10 +89,14 @@ def bisect_command(
         chosen = _predicate(name, agent, holds, function, contract, check, dagster_home)
     with chosen as predicate:
         found = bisect(store, name, predicate, agent=agent, first=good, last=bad, linear=linear, repeat=repeat, spot_checks=spot_checks)
+        judgements = getattr(predicate, "judgements", ())
+    paid = {"votes": sum(one.summary()["votes"] for one in judgements), "cost": sum(one.summary()["cost"] for one in judgements)}
     if json_:
-        print_json(_as_json(found))
+        print_json(_as_json(found) | ({"judge": paid} if judgements else {}))
     else:
         _print(terminal(), found)
+        if judgements:
+            terminal().print(Text(f"The judge was asked for {counted(paid['votes'], 'vote')}, cost {paid['cost']:.6g}.", style="dim"))
     raise typer.Exit(_CODES["not_monotone"] if not found.is_monotone else _CODES[found.verdict])
 
 

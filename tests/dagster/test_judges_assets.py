@@ -21,8 +21,8 @@ def sent(replies: Reply) -> Reply:
     return replies
 
 
-def definitions(root, *judges, **resources):
-    pipeline = mao.Pipeline("desk", entry=desk().entry, agents=[replies(*judges), sent])
+def definitions(root, *judges, agents=(), **resources):
+    pipeline = mao.Pipeline("desk", entry=desk().entry, agents=[replies(*judges), *agents])
     return build_definitions(pipeline, resources={"state_store": StateStoreResource(root=str(root)), **resources})
 
 
@@ -69,7 +69,7 @@ def test_a_judge_is_a_check_with_a_history_and_its_score_is_plotted_over_version
 def test_one_that_blocks_leaves_nothing_behind_it_and_shows_why(tmp_path):
     judge = polite(Asked(lambda record, time: record != "c3"), severity="error", send_personal=True)
     with dg.instance_for_test() as instance:
-        result = execute(definitions(tmp_path, judge), instance)
+        result = execute(definitions(tmp_path, judge, agents=[sent]), instance)
         (told,) = evaluations(instance)
         events = "\n".join(entry.to_json() for entry in instance.all_logs(result.run_id))
         assert plotted(instance) == []
