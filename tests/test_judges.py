@@ -16,7 +16,7 @@ import dagster_mao as mao
 from dagster_mao.boundary._judging import Judgement, Vote, sample_of
 from dagster_mao.state import VERDICTS_SCHEMA
 from dagster_mao.state.verify import verify
-from tests.judged import COMPLAINTS, SECRET, Asked, check_of, desk, polite, replies
+from tests.judged import COMPLAINTS, SECRET, Asked, Complaint, Reply, check_of, complaints, desk, polite, replies
 
 
 def judged(*judges, records=COMPLAINTS, store=None, root=None, says=None, policies=None, **declared):
@@ -361,6 +361,20 @@ def test_a_judge_that_cannot_be_asked_is_told_before_the_agent_is_paid_for(tmp_p
     with pytest.raises(mao.WiringError, match=what):
         mao.run(pipeline, COMPLAINTS, store=mao.StateStore(tmp_path), resources=resources)
     assert called == []
+
+
+def test_the_class_form_declares_judges_too(tmp_path):
+    asked = Asked()
+
+    class Replies(mao.Agent):
+        judges = [polite(asked)]
+
+        def execute(self, complaints: Complaint) -> Reply:
+            return Reply(number=complaints.number, to=complaints.name, text="Sorry.")
+
+    result = mao.run(mao.Pipeline("desk", entry=complaints, agents=[Replies()]), COMPLAINTS[:2], store=mao.StateStore(tmp_path))
+    assert check_of(result).passed
+    assert len(asked.sent) == 2
 
 
 def test_a_rubric_in_a_file_of_its_own_is_no_code_of_the_agent(tmp_path):

@@ -59,15 +59,18 @@ def judges_command(
 
 
 def _print(console: Console, found: Sequence[Judged]) -> None:
-    headings = ("version", "agent", "judge", "score", "passed", "judged", "not judged", "of", "cost")
-    table = grid(*headings, "model", "judge's version", numbers=headings[3:])
+    table = grid(
+        "version", "judge", "score", "passed", "judged", "cost", "model", "asked as", numbers=("score", "passed", "judged", "cost")
+    )
     for one in found:
         told = one.numbers
         score = None if told["score"] is None else f"{told['score']:.3f}"
         share = None if told["share_passed"] is None else f"{told['share_passed']:.1%}"
+        judged_of = f"{told['judged']:,} of {told['judged'] + told['not_judged']:,}"
         cost = f"{told['cost']:.6g}" if told["cost"] else None
-        numbers = (score, share, told["judged"], told["not_judged"] or None, told["rows"], cost)
-        table.add_row(*map(cell, (f"@{one.seal.version}", one.seal.agent, one.judge, *numbers, told["model"], told["version"])))
+        name = f"{one.seal.agent}.{one.judge}"
+        version = told["version"].removeprefix("sha256:")[:8]
+        table.add_row(*map(cell, (f"@{one.seal.version}", name, score, share, judged_of, cost, told["model"], version)))
     console.print(table)
 
 

@@ -22,6 +22,7 @@ from dagster_mao.review.deferred import waiting
 from dagster_mao.review.diff import Difference, diff
 from dagster_mao.review.history import as_of as effective_then
 from dagster_mao.review.history import chosen, facts, history, parse_reference, records, resolve, sealed, with_record
+from dagster_mao.review.verdicts import judged, said_by
 from dagster_mao.state import When
 from dagster_mao.state.calls import CallSummary
 from dagster_mao.state.seal import Seal
@@ -306,6 +307,7 @@ def _facts_table(seal: Seal) -> Table:
         "made from": parents,
         "records": _counted(seal),
         "calls": told_of(CallSummary.model_validate_json(seal.usage)) if seal.usage else None,
+        "judges": "; ".join(f"{one.judge}: {said_by(one)}" for one in judged([seal])) or None,
         "policy": f"overridden: {seal.policy}" if seal.policy else None,
         "contract": f"{seal.contract} v{seal.contract_version} ({seal.contract_hash[:12]})" if seal.contract else "",
         "agent version": f"{seal.agent_version}, registered as {seal.registration[:8]}" if seal.registration else seal.agent_version,

@@ -31,10 +31,18 @@ def judged(seals: Iterable[Seal], *, agent: str | None = None, judge: str | None
     ]
 
 
+def said_by(one: Judged) -> str:
+    """What a judge's verdicts came to, in a line."""
+    told = one.numbers
+    judged = f"{told['passed']:,} of {told['judged']:,} records pass, score {told['score']:.3f}" if told["judged"] else ""
+    unjudged = f"{told['not_judged']:,} not judged" if told["not_judged"] else ""
+    return "; ".join(part for part in (judged, unjudged) if part) or "nothing to judge"
+
+
 def votes(
     store: StateStore, seal: Seal, *, record: str | None = None, limit: int | None = None, unmask: bool = False
 ) -> list[dict[str, Any]]:
-    """The votes on a version, or on one record of it, as `VERDICTS_SCHEMA` has them; the first `limit`, whoever did not pass before others.
+    """The votes on a version, or on one record of it, as `VERDICTS_SCHEMA` has them, or the first `limit`; who did not pass comes first.
 
     The key is masked where it is personal, and a reason where its judge was sent personal fields: it may quote them. Raises
     `TamperedError` when they are not what was sealed.
@@ -42,8 +50,8 @@ def votes(
     rows = store.verdicts(seal)
     if record is not None and seal.key is not None:
         rows = rows.filter(pl.col("record") == record)
-    elif limit is not None:
-        rows = rows.sort(pl.col("passed").fill_null(False).all().over("judge", "record"), maintain_order=True).head(limit)
+    else:
+        rows = rows.sort(pl.col("passed").fill_null(False).all().over("judge", "record"), maintain_order=True).head(limit or rows.height)
     hidden = seal.key is not None and is_personal(fields_of(seal).get(seal.key))
     return [row if unmask else _masked(row, hidden) for row in rows.iter_rows(named=True)]
 

@@ -81,6 +81,7 @@ def test_the_command_line_shows_scores_and_votes(monday):
     shown = cli(root, "judges", "desk/monday").output
     assert "polite" in shown
     assert "75.0%" in shown
+    assert "3 of 4 records pass, score 0.750" in cli(root, "show", "desk/monday@1").output
     told = json.loads(cli(root, "judges", "desk/monday@1", "--record", "c3", "--json").output)
     assert [(one["reference"], one["judge"], one["passed"]) for one in told["judged"]] == [("desk/monday@1", "polite", 3)]
     assert [vote["reason"] for vote in told["votes"]] == ["Number c3 is not polite."] * 2
