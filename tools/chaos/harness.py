@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import dagster as dg
+from sqlalchemy.exc import OperationalError
 
 from dagster_mao.errors import StoreError
 from tools.chaos import processes
@@ -90,6 +91,7 @@ class Chaos:
         self._ticking: BaseProcess | None = None
         self._looked = self._asked_at = 0.0
         self._launched = set[str]()
+        self._given_up: list[str] = []  # runs whose processes are gone, to be reported
 
     def run(self, scripts: Iterable[Script]) -> None:
         """Returns when nothing is left to be done about any workflow."""
@@ -111,6 +113,7 @@ class Chaos:
                     self._active[script.workflow] = workflow = _Workflow(script)
                     self._start(workflow)
                 self._attend()
+                self._give_up()
                 for workflow in self._settled():
                     if workflow.script.again and workflow.runs == 1:
                         workflow.script.amount += 1
@@ -137,7 +140,10 @@ class Chaos:
 
     def _launch(self) -> None:
         """Compensations that the sensor asked for go before new workflows."""
-        for run in self._asked():
+        asked: list[dg.DagsterRun] = []
+        with suppress(OperationalError):
+            asked = self._asked()
+        for run in asked:
             if not self._is_idle():
                 return
             workflow = self._active.get(run.tags["mao/workflow"].partition("/")[2])
@@ -184,14 +190,14 @@ class Chaos:
                 assert code in (-signal.SIGKILL, LOCKED_OUT), f"{task}: its process ended by itself, with {code}"
                 self._confirm(task.name, kind if code == -signal.SIGKILL else f"locked-out {kind}", task.point)
                 if self._choose.random() < 0.5:
-                    self._given_up(task.run_id)  # else nobody saw it
+                    self._given_up.append(task.run_id)  # else nobody saw it
             elif task is not None and worker.tasks.poll():
                 self._done(worker)
             elif task is not None and not worker.is_zombie and self._has_stopped(worker):
                 self._confirm(task.name, "zombie run" if task.workflow else "zombie compensator", task.point)
                 least = _ZOMBIES_SLEEP if task.workflow else _COMPENSATORS_SLEEP
                 worker.sleep(least + self._choose.random() * 6)
-                self._given_up(task.run_id)
+                self._given_up.append(task.run_id)
 
     def _done(self, worker: _Worker) -> None:
         try:
@@ -215,10 +221,14 @@ class Chaos:
     def _confirm(self, name: str, kind: str, point: Point | None) -> None:
         (self.folder / "killed" / name).write_text(f"{kind}: {point}")
 
-    def _given_up(self, run_id: str) -> None:
-        run = self.instance.get_run_by_id(run_id)
-        if run is not None and not run.is_finished:
-            self.instance.report_run_failed(run, "its process is gone")
+    def _give_up(self) -> None:
+        """Reports runs as failed whose processes are gone, once Dagster's database can be written to."""
+        with suppress(OperationalError):  # whoever was stopped in the middle of a commit holds the lock
+            while self._given_up:
+                run = self.instance.get_run_by_id(self._given_up[-1])
+                if run is not None and not run.is_finished:
+                    self.instance.report_run_failed(run, "its process is gone")
+                self._given_up.pop()
 
     # -- the daemon ------------------------------------------------------------------------------------------------------------------
 
@@ -247,10 +257,10 @@ class Chaos:
         if not idle:
             return
         self._asked_at = 0.0
-        open_ = {run.tags["mao/workflow"] for run in self._asked()}
         try:
+            open_ = {run.tags["mao/workflow"] for run in self._asked()}
             open_ |= {one.workflow_id for one in unfinished(self._store, "chaos") if self.ticks and one.state != "incomplete"}
-        except StoreError:  # whoever was stopped in the middle of a commit holds the lock
+        except (StoreError, OperationalError):  # whoever was stopped in the middle of a commit holds the lock
             return
         yield from (one for one in idle if f"chaos/{one.script.workflow}" not in open_)
 

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -87,18 +86,20 @@ def tick(project: str, folder: str, alive: Connection, seconds: float, point: Po
         arm(point, Path(folder) / "ended" / f"tick-{os.getpid()}")
     while not alive.poll(seconds):
         resources = {"state_store": (defs.resources or {})["state_store"]}
-        requests: Sequence[dg.RunRequest] = []
         with dg.build_sensor_context(instance=instance, resources=resources, repository_def=repository) as context:
             try:
-                requests = sensor.evaluate_tick(context).run_requests or []
+                for asked in sensor.evaluate_tick(context).run_requests or []:
+                    _create(instance, job, asked)
             except Exception:  # a tick that fails is followed by the next
                 traceback.print_exc()
-        for asked in requests:
-            key = {RUN_KEY: str(asked.run_key)}
-            if not instance.get_runs(dg.RunsFilter(job_name=COMPENSATION, tags=key)):
-                run_config = {**_QUIET, **asked.run_config}
-                plan = create_execution_plan(job, run_config)
-                instance.create_run_for_job(job_def=job, run_config=run_config, execution_plan=plan, tags={**asked.tags, **key})
+
+
+def _create(instance: dg.DagsterInstance, job: dg.JobDefinition, asked: dg.RunRequest) -> None:
+    key = {RUN_KEY: str(asked.run_key)}
+    if not instance.get_runs(dg.RunsFilter(job_name=COMPENSATION, tags=key)):
+        run_config = {**_QUIET, **asked.run_config}
+        plan = create_execution_plan(job, run_config)
+        instance.create_run_for_job(job_def=job, run_config=run_config, execution_plan=plan, tags={**asked.tags, **key})
 
 
 def _begin(project: str, folder: str, name: str) -> tuple[dg.DagsterInstance, dg.Definitions]:
