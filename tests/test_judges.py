@@ -147,12 +147,14 @@ def test_personal_fields_are_masked_also_those_of_what_was_read(tmp_path):
     assert SECRET not in json.dumps(ask.sent)
 
 
-def test_who_was_sent_personal_fields_may_quote_them_and_is_not_quoted(tmp_path):
+def test_who_was_sent_personal_fields_may_quote_them_and_is_not_quoted(tmp_path, caplog):
+    caplog.set_level("DEBUG")
     ask = Asked(lambda record, time: False)
     result = judged(polite(ask, send_personal=True), root=tmp_path)
     assert SECRET in json.dumps(ask.sent)
     shown = check_of(result).metadata["verdicts"]
     assert {row["reason"] for row in shown} == {"***"}
+    assert "Number c" not in caplog.text
     rows = result.store.verdicts(result.seals["replies"])
     assert rows["personal"].all()
     assert rows["reason"].str.starts_with("Number c").all()
