@@ -15,7 +15,8 @@ from dagster_mao import resubmission
 from dagster_mao.boundary import run_agent
 from dagster_mao.errors import BatchRefusedError, InvalidRecordsError, StaleStateError, UnknownVersionError
 from dagster_mao.review.quarantine import accounts, discard, refusals, refusals_of
-from dagster_mao.state import Seal, StateStore
+from dagster_mao.state import DISPOSITION_SCHEMA, Seal, StateStore
+from dagster_mao.state import store as state_store
 from dagster_mao.state.verify import verify
 
 SECRET = "Zarniwoop"
@@ -113,6 +114,16 @@ def test_a_record_refused_further_down_starts_from_its_row_in_the_entry(local_st
     assert statuses(local_store) == {("score", "2"): "open", ("risk", "2"): "open"}
     assert local_store.read(state["risk"]).collect()["application_id"].to_list() == ["0", "1"]
     assert {agent: accounts(local_store, seal).balanced for agent, seal in state.items()} == dict.fromkeys(LOANS.order, True)
+
+
+def test_decisions_of_a_release_that_did_not_name_the_entry_hold_too(local_store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(local_store, 1, 200, 300)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(state_store, "DISPOSITION_SCHEMA", pl.Schema({k: v for k, v in DISPOSITION_SCHEMA.items() if k != "entry"}))
+        mao.resubmit(LOANS, local_store, DAY, {"1": {"amount": "20"}})
+    mao.resubmit(LOANS, local_store, DAY, {"2": {"amount": "30"}})
+    assert local_store.dispositions(DAY)["entry"].to_list() == [None, None, 5, 5]
+    assert set(statuses(local_store).values()) == {"resubmitted"}
 
 
 def test_a_correction_that_does_not_help_is_open_again(local_store: StateStore) -> None:
