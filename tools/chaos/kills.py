@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -53,21 +53,28 @@ class _Countdown:
         self._left = point.n
 
     @contextmanager
-    def around(self) -> Iterator[None]:
+    def around(self, called: Any = None) -> Iterator[None]:
         with self._lock:
             self._left -= 1
             is_it = self._left == 0
         if is_it and self._point.when == "before":
-            self._end()
+            self._end_beside(called)
         yield
         if is_it and self._point.when == "after":
+            self._end_beside(called)
+
+    def _end_beside(self, called: Any) -> None:
+        """Not while another thread posts to the same bank: stopped in there, this process would hold its lock, and the calls of all others
+        would time out before they came to points of their own.
+        """
+        with called._lock if isinstance(called, CoreBank) else nullcontext():
             self._end()
 
 
 def _wrapped(function: Callable[..., Any], count: _Countdown) -> Any:
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with count.around():
+        with count.around(args[0]):
             return function(*args, **kwargs)
 
     return wrapped
